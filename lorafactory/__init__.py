@@ -1,0 +1,31 @@
+"""lorafactory: low-rank adapters behind one interface.
+
+    import lorafactory
+    adapted = lorafactory.attach(model, "dora+pissa", rank=8, target_modules=["query", "value"])
+
+Reading order: adapter/ (the interface), registry, targets, holder, attach, optim, checkpoint; then run."""
+
+from . import registry
+from .adapter import Decomposition, Delta, Init, LowRank, Part, Structure
+from .attach import Adapted, attach
+from .checkpoint import load
+from .errors import UserError
+from .registry import register
+from .version import __version__
+
+registry.discover()
+
+__all__ = [
+    "Adapted",
+    "Decomposition",
+    "Delta",
+    "Init",
+    "LowRank",
+    "Part",
+    "Structure",
+    "UserError",
+    "__version__",
+    "attach",
+    "load",
+    "register",
+]

@@ -1,0 +1,26 @@
+"""The interface that every variant is written against. Reading order: site, delta, low_rank, part, adapter."""
+
+from .adapter import Adapter
+from .delta import Copy, Delta, Wrapper, linear
+from .elastic import Elastic
+from .low_rank import LowRank
+from .part import Decomposition, Init, Part, Stage, Step, Structure
+from .site import Base, Site
+
+__all__ = [
+    "Adapter",
+    "Base",
+    "Copy",
+    "Decomposition",
+    "Delta",
+    "Elastic",
+    "Init",
+    "LowRank",
+    "Part",
+    "Site",
+    "Stage",
+    "Step",
+    "Structure",
+    "Wrapper",
+    "linear",
+]

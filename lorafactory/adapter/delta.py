@@ -1,0 +1,116 @@
+"""Delta: what one site computes. Wrapper: a delta that re-scales another. Copy: a module trained whole."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, ClassVar
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from .site import Base
+
+
+def linear(x: Tensor, *weights: Tensor) -> Tensor:
+    """W_n ... W_1 x, in the weights' dtype (a bf16 base, float32 factors), or in autocast's where that is on."""
+    if x.dtype != weights[0].dtype and not torch.is_autocast_enabled(x.device.type):
+        x = x.to(weights[0].dtype)
+    for w in weights:
+        x = F.linear(x, w)
+    return x
+
+
+class Delta(nn.Module):
+    """The function of one site. Its meaning: y = weight(base) x + bias(base). Its fast path: y = base(x) + update.
+
+    A delta may refer to a module that several sites share (a bank): through __dict__, and always the module, never
+    its tensors, so that the tensors are owned, moved and saved once, by the structure."""
+
+    mergeable: ClassVar[bool] = True  # False: depends on x in more than a linear way, so has no weight
+    replaces: ClassVar[bool] = False  # True: forward never reads the base's weight, which need not stay in memory
+
+    def weight(self, base: Base) -> Tensor:
+        """The effective weight [d_out, d_in]; unless overridden it is the base's."""
+        return base.weight
+
+    def shift(self, base: Base) -> Tensor | None:
+        """What is added to the bias, [d_out]."""
+        return None
+
+    def bias(self, base: Base) -> Tensor | None:
+        """The effective bias [d_out]."""
+        s = self.shift(base)
+        return base.bias if s is None else s if base.bias is None else base.bias + s
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """(B [d_out, R], A [R, d_in]) where weight(base) = W0 + B A; such a delta is additive."""
+        return None
+
+    def randomize(self) -> None:
+        """Additive deltas: start at a random update, not at zero, because a wrapper holds it at zero."""
+        raise NotImplementedError(f"{type(self).__name__} is not additive")
+
+    def update(self, x: Tensor, base: Base, y: Tensor) -> Tensor:
+        """What to add to y = base(x), the shift included; [..., d_out]. Costs a dense product unless overridden."""
+        u, s = linear(x, self.weight(base) - base.weight), self.shift(base)
+        return u if s is None else u + s.to(u.dtype)
+
+    def forward(self, x: Tensor, base: Base) -> Tensor:
+        y = base(x)
+        return y + self.update(x, base, y).to(y.dtype)
+
+    def write(self, base: Base) -> None:
+        """Make the module compute, without the delta, what it computes with it."""
+        base.write(self.weight(base), self.bias(base))
+
+    def error(self, base: Base) -> float:
+        """What write() loses by the cast to the base's dtype, as a share of the update: |W' - W| / |W - W0|."""
+        with torch.no_grad():
+            w = self.weight(base)
+            change = (w - base.weight).double().norm()
+            return float((w.to(base.weight.dtype).double() - w.double()).norm() / change) if change > 0 else 0.0
+
+
+class Wrapper(Delta):
+    """A delta that re-scales V, the effective weight of the delta inside it."""
+
+    def __init__(self, inner: Delta):
+        super().__init__()
+        self.inner = inner
+
+    def shift(self, base: Base) -> Tensor | None:
+        return self.inner.shift(base)
+
+    def split(self, x: Tensor, base: Base, y: Tensor) -> tuple[Tensor, Tensor]:
+        """(W0 x, (V - W0) x), biases left out, from y = base(x)."""
+        u, s = self.inner.update(x, base, y), self.shift(base)
+        return y if base.bias is None else y - base.bias, u if s is None else u - s.to(u.dtype)
+
+    def joined(self, u: Tensor, base: Base) -> Tensor:
+        """The update whose weight part is u."""
+        s = self.shift(base)
+        return u if s is None else u + s.to(u.dtype)
+
+
+class Copy(Delta):
+    """A module trained whole, as a copy: a task head, or what full fine-tuning trains beside the linear layers.
+
+    memo is deepcopy's: copies made with one memo keep the ties between their modules."""
+
+    replaces = True
+
+    def __init__(self, module: nn.Module, memo: dict | None = None):
+        super().__init__()
+        self.module = copy.deepcopy(module, memo).requires_grad_(True)
+
+    def forward(self, *args: Any, base: Base, **kwargs: Any) -> Any:  # type: ignore[override]
+        return self.module(*args, **kwargs)
+
+    @torch.no_grad()
+    def write(self, base: Base) -> None:
+        base.module.load_state_dict(self.module.state_dict())
+
+    def error(self, base: Base) -> float:
+        return 0.0  # the copy has the base's own dtype

@@ -1,0 +1,184 @@
+"""LowRank: the one pair of factors that initialisations, budgets and dynamics know how to handle."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from .delta import linear
+from .elastic import Elastic
+
+
+class LowRank(Elastic):
+    """update [d_out, d_in] = scale * (B diag(gate) A - B0 diag(gate) A0) + B_past A_past
+
+    A [rank, d_in], B [d_out, rank]  trained, float32 or wider
+    gate [rank]                      optional, trained: how much each rank counts
+    A0, B0                           optional: where A and B started, when that was away from zero; subtracted, so
+                                     that a start leaves the base's function as it is and the base read-only
+    A_past [R, d_in], B_past         optional: frozen earlier updates (restarts, earlier stages)
+    scale []                         saved with the factors: loading never depends on a config's rank or alpha, and
+                                     it does not follow the rank
+
+    The verbs start, fold, fresh, resize, keep and add_gate are the only ways a part changes it. All but resize keep
+    the update; resize expects it to be zero."""
+
+    grown = (("A0", "B0"), ("A_past", "B_past"))
+    A: nn.Parameter
+    B: nn.Parameter
+    gate: nn.Parameter | None
+    scale: Tensor
+    A0: Tensor | None
+    B0: Tensor | None
+    A_past: Tensor | None
+    B_past: Tensor | None
+
+    def __init__(self, d_in: int, d_out: int, rank: int, scale: float, like: Tensor, dropout: float = 0.0):
+        super().__init__()
+        dtype = torch.promote_types(like.dtype, torch.float32) if like.is_floating_point() else torch.float32
+        self.dropout = dropout
+        self.gate_start: float | None = None
+        self.unit_norm = False  # start() moves the norms of A's rows and B's columns into the gate
+        self.silenced = False  # something outside holds the update at zero: see randomize
+        self.A = nn.Parameter(torch.empty(rank, d_in, dtype=dtype, device=like.device))
+        self.B = nn.Parameter(torch.empty(d_out, rank, dtype=dtype, device=like.device))
+        self.register_parameter("gate", None)
+        self.register_buffer("scale", torch.tensor(scale, dtype=dtype, device=like.device))
+        for name in ("A0", "B0", "A_past", "B_past"):
+            self.register_buffer(name, None)
+        self.fresh()
+
+    def shapes(self) -> dict[str, tuple[int | str, ...]]:
+        d_in, d_out = self.A.shape[1], self.B.shape[0]
+        trained: dict[str, tuple[int | str, ...]] = {"A": ("r", d_in), "B": (d_out, "r"), "gate": ("r",), "scale": ()}
+        anchor: dict[str, tuple[int | str, ...]] = {"A0": ("r", d_in), "B0": (d_out, "r")}
+        return {**trained, **anchor, "A_past": ("R", d_in), "B_past": (d_out, "R")}
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(B [d_out, R], A [R, d_in]) with B A = update; R is rank, twice that with an anchor, more with a past."""
+        s = self.scale if self.gate is None else self.scale * self.gate
+        if self.A0 is None and self.A_past is None:
+            return self.B * s, self.A
+        b, a = [self.B * s], [self.A]
+        if self.A0 is not None and self.B0 is not None:
+            b.append(self.B0 * -s)
+            a.append(self.A0)
+        if self.A_past is not None and self.B_past is not None:
+            b.append(self.B_past)
+            a.append(self.A_past)
+        return torch.cat(b, 1), torch.cat(a, 0)
+
+    def product(self) -> Tensor:
+        """The update [d_out, d_in]."""
+        b, a = self.factors()
+        return b @ a
+
+    def drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., d_in] -> [..., d_out], through the factors, in their dtype."""
+        b, a = self.factors()
+        return linear(self.drop(x), a, b)
+
+    @torch.no_grad()
+    def fresh(self) -> None:
+        """Fresh A and B with a zero update: B = 0, or gate = 0 where the budget asked for a gate that starts there.
+
+        A ~ U(-1/sqrt(d_in), 1/sqrt(d_in)), as LoRA's own code has it (Kaiming-uniform with a = sqrt 5)."""
+        zero = not self.silenced
+        if zero and self.gate is not None and self.gate_start is not None:
+            self.A.normal_(0, 0.02)
+            self.B.normal_(0, 0.02)
+            self.gate.fill_(self.gate_start)
+            return
+        bound = 1 / math.sqrt(self.A.shape[1])
+        self.A.uniform_(-bound, bound)
+        if zero:
+            self.B.zero_()
+        else:
+            self.B.uniform_(-bound, bound)
+        if self.gate is not None:
+            if self.gate_start is None:
+                self.gate.normal_()
+            else:
+                self.gate.fill_(1.0)
+
+    def randomize(self) -> None:
+        """From now on the update starts at random instead of zero: a wrapper multiplies it by zero at first."""
+        self.silenced = True
+        self.fresh()
+
+    @torch.no_grad()
+    def start(self, a: Tensor, b: Tensor | None = None) -> None:
+        """Begin from a [rank, d_in] and b [d_out, rank] (the rank may differ from now). The update stays zero: b None
+        means B = 0; otherwise (a, b) is also the anchor. Unless silenced: then the update is the start itself."""
+        self.resize(a.shape[0])
+        self.A.copy_(a)
+        if b is not None:
+            self.B.copy_(b)
+        elif not self.silenced:
+            self.B.zero_()
+        if self.gate is not None:
+            self.gate.fill_(1.0)
+            if b is not None and self.unit_norm:
+                na, nb = self.A.norm(dim=1).clamp_min(1e-12), self.B.norm(dim=0).clamp_min(1e-12)
+                self.gate.copy_(na * nb)
+                self.A.div_(na[:, None])
+                self.B.div_(nb)
+        anchored = b is not None and not self.silenced
+        self.A0, self.B0 = (self.A.detach().clone(), self.B.detach().clone()) if anchored else (None, None)
+
+    @torch.no_grad()
+    def fold(self, compact: bool = True) -> None:
+        """Freeze the update so far into the past and begin afresh. compact: past full rank, keep one product."""
+        b, a = (t.detach().clone() for t in self.factors())
+        full = min(b.shape[0], a.shape[1])
+        if compact and a.shape[0] > full:
+            product, eye = b @ a, torch.eye(full, dtype=a.dtype, device=a.device)
+            b, a = (product, eye) if a.shape[1] == full else (eye, product)
+        self.A_past, self.B_past, self.A0, self.B0 = a, b, None, None
+        self.silenced = False
+        self.fresh()
+
+    @torch.no_grad()
+    def resize(self, rank: int) -> None:
+        """Another rank for a pair that has learnt nothing yet."""
+        if rank == self.rank:
+            return
+        if self.A0 is not None or self.A_past is not None:
+            raise RuntimeError("resize expects a zero update: this pair already has an anchor or a past")
+
+        def new(t: Tensor, *shape: int) -> nn.Parameter:
+            return nn.Parameter(t.new_zeros(*shape), t.requires_grad)
+
+        self.A, self.B = new(self.A, rank, self.A.shape[1]), new(self.B, self.B.shape[0], rank)
+        if self.gate is not None:
+            self.gate = new(self.gate, rank)
+        self.fresh()
+
+    @torch.no_grad()
+    def keep(self, index: Tensor) -> None:
+        """Drop every rank but those of `index`; the gate of the others is zero, so the update stays."""
+        for name, dim in (("A", 0), ("B", 1), ("gate", 0)):
+            t = getattr(self, name)
+            if t is not None:
+                setattr(self, name, nn.Parameter(t.detach().index_select(dim, index), t.requires_grad))
+        if self.A0 is not None and self.B0 is not None:
+            self.A0, self.B0 = self.A0.index_select(0, index), self.B0.index_select(1, index)
+
+    @torch.no_grad()
+    def add_gate(self, start: float | None = None, unit_norm: bool = False) -> None:
+        """start: where a fresh gate stands (None: N(0, 1), with B = 0). unit_norm: factors of unit norm, the norms in
+        the gate, as an orthogonality penalty needs them."""
+        self.unit_norm, self.gate_start = unit_norm, start
+        self.gate = nn.Parameter(self.A.new_ones(self.rank))
+        self.fresh()

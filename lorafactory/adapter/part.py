@@ -1,0 +1,164 @@
+"""Part: one registered name on one axis, what a variant is written from. Every method is optional."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch.nn as nn
+from torch import Tensor
+
+from .delta import Delta, Wrapper
+from .site import Site, is_linear
+
+if TYPE_CHECKING:
+    from ..attach import Adapted
+    from ..optim import Lifecycle
+    from .adapter import Adapter
+
+Make = Callable[[Site], Delta | None]
+
+
+@dataclass
+class Stage:
+    """What begin and end may use. One stage, one task; the first has index 0.
+
+    batches(n): the first n training batches, the same at every call; loss(batch): the mean task loss [] of the
+    adapted model on one; mask(batch): which positions [batch, tokens] are real, or None."""
+
+    model: Adapted
+    batches: Callable[[int], Iterable[Any]]
+    loss: Callable[[Any], Tensor]
+    mask: Callable[[Any], Tensor | None] = lambda batch: None
+    index: int = 0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimiser step: its index from 0, how many there will be, and the optimiser."""
+
+    index: int
+    total: int
+    lifecycle: Lifecycle
+
+    @property
+    def optimizer(self) -> Any:
+        return self.lifecycle.optimizer
+
+    def rebuild_optimizer(self) -> None:
+        """Parameters were replaced: drop the old ones' state and train the new ones."""
+        self.lifecycle.rebuild()
+
+
+class Part(nn.Module):
+    """Hooks are called in the order of registry.AXES. Life: build each site -> attach -> (load | begin) -> steps -> end.
+
+    What defines the function lives in deltas and structure; what only training needs lives here, as buffers."""
+
+    axis: ClassVar[str]
+    name: ClassVar[str]  # set by register()
+    paper: ClassVar[str] = ""  # title's short form and arXiv id
+    also: ClassVar[tuple[str, ...]] = ()  # further axes that it decides
+    needs: ClassVar[frozenset[str]] = frozenset()  # words that the structure must give
+    does: ClassVar[frozenset[str]] = frozenset()  # facts that another part may mind
+    minds: ClassVar[frozenset[str]] = frozenset()
+    over: ClassVar[str] = "lora"  # the structure when none is named; another one than the default wins
+    data: ClassVar[bool] = False  # begin() reads stage.batches
+
+    def __init__(self, config: Any, adapter: Adapter):
+        super().__init__()
+        self.__dict__.update(config=config, adapter=adapter)  # plain references, not submodules
+
+    if TYPE_CHECKING:
+        config: Any
+        adapter: Adapter
+
+    def build(self, site: Site, make: Make) -> Delta | None:
+        """Structure: the site's delta. Decomposition, routing: wrap make(site)."""
+        return make(site)
+
+    def attach(self) -> None:
+        """All deltas exist: settle which tensors there are (gates, scores), not their values. Also before loading."""
+
+    def begin(self, stage: Stage) -> None:
+        """Values: data-driven starts, ranks, masks. Under no_grad; leaves the function as it is."""
+
+    def end(self, stage: Stage) -> bool:
+        """Compress or consolidate. True: the function changed, so evaluate again."""
+        return False
+
+    def options(self) -> dict[nn.Parameter, dict[str, float]]:
+        """{parameter: {"lr_scale": 16.0, "weight_decay": 0.0}}, merged over the parts."""
+        return {}
+
+    def optimizer(self, groups: list[dict], make: Callable) -> Any:
+        """Dynamics only: an optimiser of its own instead of make(groups)."""
+        return None
+
+    def rate(self, step: Step) -> float:
+        """Multiplies the learning rate of this step."""
+        return 1.0
+
+    def before_forward(self, batch: Any) -> None:
+        """Batch-level context, for routing."""
+
+    def penalty(self) -> Tensor | float:
+        """Added to the loss, in the same backward pass; clears the auxiliary losses that forward stored."""
+        return 0.0
+
+    def before_step(self, step: Step) -> None:
+        """Gradients are averaged and not yet clipped."""
+
+    def after_step(self, step: Step) -> None:
+        """Parameters are updated, gradients still there."""
+
+    def complaints(self, state: dict[str, Tensor]) -> list[str]:
+        """Why this checkpoint's tensors cannot be loaded, beyond names and shapes (a checksum that differs)."""
+        return []
+
+    def counters(self) -> dict[str, float]:
+        """Numbers that prove the method acted (ranks dropped, restarts, refreshes): they go into the record."""
+        return {}
+
+
+class Structure(Part):
+    """Which function a site computes. gives, in words that a test derives from what is really built:
+    low_rank   it trains LowRank modules (Adapter.low_ranks finds them)
+    input      the A of each of them reads the site's own input
+    dense      it trains whole weights (Adapter.dense finds them)
+    weight     it has and changes an effective weight: Delta.weight is overridden and the delta is mergeable
+    additive   that weight is W0 + B A: Delta.factors and randomize are overridden"""
+
+    axis = "structure"
+    gives: ClassVar[frozenset[str]] = frozenset()
+    zero_start: ClassVar[bool] = True  # attaching leaves the output as it is
+    fits = staticmethod(is_linear)  # which modules can be sites
+
+    def build(self, site: Site, make: Make) -> Delta | None:
+        raise NotImplementedError
+
+
+class Decomposition(Part):
+    """Re-scales the effective weight of any structure that has one."""
+
+    axis, needs = "decomposition", frozenset({"weight"})
+    delta: ClassVar[type[Wrapper]]
+
+    def build(self, site: Site, make: Make) -> Delta | None:
+        inner = make(site)
+        # what is not linear (an embedding, a norm) has no rows to re-scale
+        return inner if inner is None or not site.is_linear else self.delta(inner, site)  # type: ignore[call-arg]
+
+
+class Init(Part):
+    """Values of fresh factors: once in an adapter's life, in the first stage, never after loading."""
+
+    axis = "init"
+
+    def begin(self, stage: Stage) -> None:
+        if stage.index == 0 and not self.adapter.loaded:
+            self.start(stage)
+
+    def start(self, stage: Stage) -> None:
+        raise NotImplementedError

@@ -1,0 +1,57 @@
+"""Ranked: what structures built on LowRank share: their options, and rank and scale per site."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Dict  # noqa: UP035  as in registry
+
+from ..errors import UserError
+from ..registry import StructureConfig
+from ..targets import per_site
+from .low_rank import LowRank
+from .part import Structure
+from .site import Site
+
+if TYPE_CHECKING:
+    from .adapter import Adapter
+
+
+@dataclass
+class RankedConfig(StructureConfig):
+    """rank; alpha: the update is scaled by alpha / rank; dropout: of what A reads, while the base sees all of x;
+    rank_pattern, alpha_pattern: other values for some layers, {name, suffix or regular expression: value}."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    rank_pattern: Dict[str, int] = field(default_factory=dict)  # noqa: UP006
+    alpha_pattern: Dict[str, float] = field(default_factory=dict)  # noqa: UP006
+
+    def check(self) -> None:
+        for what, rank in (("rank", self.rank), *((f"rank_pattern {k!r}", v) for k, v in self.rank_pattern.items())):
+            if rank < 1:
+                raise UserError(f"{what} is {rank}; it must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout is {self.dropout}; it must lie in [0, 1)")
+        for what, alpha in (("alpha", self.alpha), *((f"alpha_pattern {k!r}", v) for k, v in self.alpha_pattern.items())):
+            if alpha == 0:
+                raise UserError(f"{what} is 0: the update would be zero for ever")
+
+
+class Ranked(Structure):
+    """A structure whose sites hold LowRank pairs."""
+
+    Config = RankedConfig
+
+    def __init__(self, config: Any, adapter: Adapter):
+        super().__init__(config, adapter)
+        self.__dict__["ranks"] = per_site(config.rank_pattern, adapter.sites, "rank_pattern")
+        self.__dict__["alphas"] = per_site(config.alpha_pattern, adapter.sites, "alpha_pattern")
+
+    def low_rank(self, site: Site, d_out: int | None = None) -> LowRank:
+        """The site's pair, A [rank, d_in] and B [d_out, rank]. Raises UserError where the rank exceeds the layer's."""
+        rank, alpha = self.ranks.get(site.name, self.config.rank), self.alphas.get(site.name, self.config.alpha)
+        if rank > min(site.d_in, site.d_out):
+            shape = f"[{site.d_out}, {site.d_in}]"
+            raise UserError(f"rank {rank} is more than {site.name} {shape} can have: at most {min(site.d_in, site.d_out)}")
+        return LowRank(site.d_in, d_out or site.d_out, rank, alpha / rank, site.base.weight, self.config.dropout)

@@ -1,0 +1,86 @@
+"""Where an adapter goes: a frozen module seen as y = W x + bias with W [d_out, d_in], however it stores W."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """GPT-2's Conv1D: a linear layer that stores its weight as [d_in, d_out]. By name: transformers is not imported."""
+    return any(c.__name__ == "Conv1D" for c in type(module).__mro__) and hasattr(module, "nf")
+
+
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or is_transposed(module)
+
+
+def has_bias(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "bias", None), nn.Parameter)
+
+
+def has_parameters(module: nn.Module) -> bool:
+    """Whether the module itself, not a child of it, owns a parameter."""
+    return any(p is not None for p in module._parameters.values())
+
+
+class Base:
+    """A view, not a copy, of a module: weight [d_out, d_in], bias [d_out] or None; calling it runs the module."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    @property
+    def weight(self) -> Tensor:
+        w = self.module.weight
+        return w.T if is_transposed(self.module) else w  # type: ignore[operator, return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.module.bias  # type: ignore[return-value]
+
+    def __call__(self, *args, **kwargs) -> Tensor:
+        run = getattr(self.module, "base_forward", self.module)  # an adapted module would run its delta again
+        return run(*args, **kwargs)
+
+    @torch.no_grad()
+    def write(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Overwrite the module's numbers in place, cast once; a bias is added where there was none."""
+        self.weight.copy_(weight)
+        if bias is None:
+            return
+        if self.bias is None:
+            self.module.bias = nn.Parameter(bias.to(self.weight.dtype), requires_grad=False)
+        else:
+            self.bias.copy_(bias)
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One adapted module: its dotted name, its view, and its place (index of depth) among the sites of the model."""
+
+    name: str
+    base: Base
+    index: int = 0
+    depth: int = 1
+    tied: bool = False  # shares a parameter with another module
+
+    @property
+    def key(self) -> str:
+        """The name as a ModuleDict allows it."""
+        return self.name.replace(".", "/")
+
+    @property
+    def is_linear(self) -> bool:
+        return is_linear(self.base.module)
+
+    @property
+    def d_in(self) -> int:
+        return self.base.weight.shape[-1]
+
+    @property
+    def d_out(self) -> int:
+        return self.base.weight.shape[0]

@@ -1,0 +1,252 @@
+"""attach(model, "dora+pissa", ...) and what can be done with the result: run, train, merge, disable, save, detach."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from . import holder, registry, targets
+from .adapter import Adapter, Stage
+from .errors import UserError
+from .optim import Lifecycle
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """torch's generator stands at `seed` inside and where it stood before afterwards; None: nothing is touched."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+class Adapted(nn.Module):
+    """One module that holds a frozen base model and its adapter; call it as the model itself.
+
+    seed: draws the adapter's random starts from a generator of its own; None: from torch's."""
+
+    def __init__(self, model: nn.Module, config: Any, seed: int | None = None):
+        super().__init__()
+        if any(isinstance(m, holder.Holder) for m in model.modules()):
+            raise UserError("this model already has an adapter: detach() it first, or merge it and save the result")
+        structure = registry.chosen(config)[0]
+        heads = targets.head_modules(model) if config.trained_modules is None else config.trained_modules
+        head_modules = {n: m for h in heads for n, m in _named(model, h)}
+        found = targets.find(model, config.target_modules, list(head_modules), structure.fits)
+        with seeded(seed):
+            self.adapter = Adapter(config, found.sites, head_modules).train(model.training)
+        self.model = model
+        self.seed, self.targets = seed, {e: len(names) for e, names in found.entries.items()}
+        self.merged = False
+        self.__dict__["_were_trained"] = [n for n, p in model.named_parameters() if p.requires_grad]
+        self.__dict__["_dtypes"] = {}
+        model.requires_grad_(False)
+        by_key = {s.key: s.base.module for s in found.sites}
+        self.__dict__["_held"] = [(by_key[k], d) for k, d in self.adapter.deltas.items()]
+        self._held += [(m, self.adapter.trained[n.replace(".", "/")]) for n, m in head_modules.items()]
+        for module, delta in self._held:
+            holder.hold(module, delta)
+        self.train(model.training)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(super().__getattr__("model"), name)  # config, generate, device, …
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> Adapted:
+        super().train(mode)
+        if not len(self.adapter.deltas):
+            self.model.eval()  # a base without deltas only computes features: its dropout would make them random
+        return self
+
+    def num_trainable(self) -> int:
+        """Trainable numbers, the head's included; `cost()` counts them apart."""
+        return sum(p.numel() for p in self.adapter.parameters() if p.requires_grad)
+
+    def cost(self) -> dict[str, int]:
+        """adapter, head and total (base with its own head) parameters; shared and tied ones once."""
+        head = sum(p.numel() for p in self.adapter.heads())
+        return {
+            "adapter_parameters": self.num_trainable() - head,
+            "head_parameters": head,
+            "total_parameters": sum(p.numel() for p in self.model.parameters()),
+        }
+
+    # training
+
+    def begin(self, batches: Any = None, loss: Any = None, mask: Any = None, index: int = 0) -> Adapted:
+        """Give the adapter its values for a stage. batches: a list, or a function n -> n batches; loss: (model, batch)
+        -> mean loss; mask: batch -> real positions. Raises UserError where a part starts from data and none came."""
+        hungry = [p.name for p in self.adapter.all_parts() if p.data]
+        if hungry and batches is None and not self.adapter.loaded:
+            raise UserError(f"{hungry[0]!r} starts from data: give attach(…, batches=[…]), a list of training batches")
+        of = batches if callable(batches) else lambda n: list(batches or ())[:n]
+        measure = loss or _own_loss
+        mask = mask or (lambda batch: batch.get("attention_mask") if hasattr(batch, "get") else None)
+        with seeded(self.seed):
+            self.adapter.begin(Stage(self, of, lambda batch: measure(self, batch), mask, index))
+        return self
+
+    def optimizer(self, make: Callable, total: int, head: dict[str, float] | None = None) -> torch.optim.Optimizer:
+        """The stage's optimiser, with the adapter's life cycle hooked to its step(). make(groups) -> an optimiser with
+        a learning rate, e.g. `lambda groups: AdamW(groups, lr=1e-3)`; total: how many steps there will be; head: group
+        options of the trained heads. Variants with a penalty need `loss + adapted.penalty()` before backward()."""
+        return Lifecycle(self.adapter, make, total, head).optimizer
+
+    def penalty(self) -> Tensor | float:
+        """What the variant adds to the loss; 0.0 for most."""
+        self.adapter.__dict__["penalty_taken"] = True
+        return self.adapter.penalty()
+
+    # the base, the merged model, and back
+
+    def merge(self, dtype: torch.dtype | None = None, limit: float = 0.1) -> dict[str, float]:
+        """Write the effective weights into the base; unmerge() takes them back. dtype: convert the model first (a bf16
+        base cannot hold a small update). Returns, a layer, the share of the update that the cast lost; more than
+        `limit` in any layer is a UserError and nothing is merged."""
+        if self.merged:
+            raise UserError("already merged: unmerge() first")
+        if not self.adapter.mergeable:
+            raise UserError(f"{self.variant} depends on its input, so no single weight equals it: it cannot be merged")
+        self._convert(dtype)
+        errors = {n: d.error(holder.held(m).base) for n, m, d in self._named_held()}
+        if over := {n: e for n, e in errors.items() if not e <= limit}:
+            self._convert(None)
+            worst = max(over, key=lambda n: over[n])
+            raise UserError(
+                f"merging loses {over[worst]:.0%} of the update of {worst} to rounding (limit {limit:.0%}): "
+                "merge(dtype=torch.float32), or raise limit"
+            )
+        for m, _ in self._held:
+            holder.merge(m)
+        self.merged = True
+        return errors
+
+    def unmerge(self) -> None:
+        """The base's own weights, bit for bit, and the adapter on top again."""
+        if not self.merged:
+            raise UserError("not merged: nothing to unmerge")
+        for m, _ in self._held:
+            holder.unmerge(m)
+        self._convert(None)
+        self.merged = False
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[nn.Module]:
+        """Inside, the model is the base model bit for bit, its own head included."""
+        if self.merged:
+            raise UserError("a merged adapter cannot be disabled: unmerge() it first")
+        was = [holder.held(m).on for m, _ in self._held]
+        try:
+            for m, _ in self._held:
+                holder.switch(m, False)
+            yield self.model
+        finally:
+            for (m, _), on in zip(self._held, was, strict=True):
+                holder.switch(m, on)
+
+    def detach(self) -> nn.Module:
+        """The base model, bit for bit as before attach(); the adapter lives on without it."""
+        if self.merged:
+            self.unmerge()
+        return self._released()
+
+    def bake(self) -> nn.Module:
+        """A plain model with the adapter merged into it for good."""
+        if not self.merged:
+            self.merge()
+        return self._released()
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the adapter, its config and the base's fingerprint; see lorafactory.load."""
+        from .checkpoint import save
+
+        return save(self, Path(folder))
+
+    @property
+    def variant(self) -> str:
+        return registry.spell(self.adapter.config)
+
+    def _named_held(self) -> Iterator[tuple[str, nn.Module, Any]]:
+        names = {m: n for n, m in self.model.named_modules()}
+        return ((names[m], m, d) for m, d in self._held)
+
+    def _released(self) -> nn.Module:
+        for m, _ in self._held:
+            holder.release(m)
+        for name, p in self.model.named_parameters():
+            p.requires_grad_(name in self._were_trained)
+        self.__dict__["_held"] = []
+        return self.model
+
+    @torch.no_grad()
+    def _convert(self, dtype: torch.dtype | None) -> None:
+        """Every floating parameter to dtype, remembering what it was; None: back (widening loses nothing)."""
+        for name, p in self.model.named_parameters():
+            new = self._dtypes.pop(name, p.dtype) if dtype is None else dtype
+            if p.is_floating_point() and new != p.dtype:
+                if dtype is not None:
+                    if torch.promote_types(new, p.dtype) != new:
+                        raise UserError(f"merge(dtype={new}) would narrow {name} from {p.dtype}: use a wider dtype")
+                    self._dtypes[name] = p.dtype
+                p.data = p.data.to(new)
+
+
+def _own_loss(model: nn.Module, batch: Any) -> Tensor:
+    out = model(**batch)
+    loss = out["loss"] if isinstance(out, dict) else getattr(out, "loss", None)
+    if loss is None:
+        raise UserError("the model's output has no loss for these batches: give attach(…, loss=lambda model, batch: …)")
+    return loss
+
+
+def _named(model: nn.Module, entry: str) -> list[tuple[str, nn.Module]]:
+    found = [(n, m) for n, m in model.named_modules() if n and targets.matches(entry, n)]
+    found = [(n, m) for n, m in found if not targets.inside(n.rpartition(".")[0], [o for o, _ in found])]
+    if not found:
+        last = {n.rpartition(".")[2] for n, _ in model.named_modules() if n}
+        raise UserError(f"trained_modules entry {entry!r} matches no module; {registry.nearest(entry, last)}")
+    return found
+
+
+def attach(
+    model: nn.Module,
+    variant: Any = "lora",
+    *,
+    batches: Iterable | Callable | None = None,
+    loss: Callable | None = None,
+    mask: Callable | None = None,
+    seed: int | None = None,
+    **options: Any,
+) -> Adapted:
+    """Adapt a model: `attach(model, "dora+pissa", rank=8, target_modules=["query"], init=dict(niter=16))`.
+
+    variant: a spelling, or a config that registry.config made; options: fields of the structure's config, or an axis
+    with a dict of that part's fields (`lorafactory show NAME` lists them). batches, loss, mask: what data-driven
+    variants start from, see Adapted.begin. Raises UserError for every mistake before the model is touched."""
+    if not isinstance(variant, str) and options:
+        raise UserError(f"options {', '.join(options)} beside a ready config: put them into the config")
+    config = registry.config(variant, **options) if isinstance(variant, str) else variant
+    adapted = Adapted(model, config, seed)
+    try:
+        return adapted.begin(batches, loss, mask)
+    except BaseException:
+        adapted.detach()
+        raise

@@ -1,0 +1,184 @@
+"""Save and load an adapter: safetensors plus JSON, written whole or not at all, loaded strictly.
+
+A folder holds adapter.safetensors, adapter.json (variant, config, base fingerprint, what was adapted) and, for a run
+that goes on, optimizer.safetensors and state.json."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from . import fingerprint, registry
+from .attach import Adapted
+from .errors import UserError
+from .version import __version__
+
+SCHEMA = 1
+
+
+def save(adapted: Adapted, folder: Path, state: dict[str, Any] | None = None, optimizer: Any = None) -> Path:
+    """Write the adapter (and, to go on later, the optimiser and a JSON state). Raises UserError where the folder is
+    somebody else's or cannot be written."""
+    if adapted.merged:
+        raise UserError("save() while merged: unmerge() first, or bake() and save the model itself")
+    if folder.exists() and any(folder.iterdir()) and not (folder / "adapter.json").exists():
+        raise UserError(f"{folder} holds other files: give an empty or a new folder")
+    about = {
+        "schema": SCHEMA,
+        "lorafactory": __version__,
+        "variant": adapted.variant,
+        "config": asdict(adapted.adapter.config),
+        "base": fingerprint.of_model(adapted.model, _heads(adapted)),
+        "heads": _heads(adapted),
+        "adapted": adapted.adapter.describe(),
+        **adapted.cost(),
+    }
+    tensors, about["aliases"] = _unshared(adapted.adapter.state_dict())
+    texts, files = {"adapter.json": about}, {"adapter.safetensors": tensors}
+    if state is not None:
+        flat, plain = _flatten(optimizer.state_dict())
+        texts["state.json"], files["optimizer.safetensors"] = {**state, "optimizer": plain}, flat
+    _write(folder, files, texts)
+    return folder
+
+
+def load(model: nn.Module, folder: str | Path, check_base: bool = True) -> Adapted:
+    """Attach what save() wrote to its base model. The base's own numbers are compared with those it was trained on
+    (check_base=False: not); no data-driven start runs again. Raises UserError and leaves the model as it was."""
+    folder = Path(folder)
+    about = read_json(folder / "adapter.json")
+    config = registry.from_dict(about["config"])
+    config.trained_modules = about["heads"]
+    if check_base and fingerprint.of_model(model, about["heads"]) != about["base"]:
+        raise UserError(
+            f"{folder} was trained on another base model (fingerprint {about['base']}): load that one, "
+            "in the same dtype, or pass check_base=False"
+        )
+    adapted = Adapted(model, config)
+    try:
+        restore(adapted, folder)
+    except BaseException:
+        adapted.detach()
+        raise
+    return adapted
+
+
+def restore(adapted: Adapted, folder: Path) -> None:
+    """The adapter's tensors from a folder; all or nothing."""
+    about, tensors = read_json(folder / "adapter.json"), read_tensors(folder / "adapter.safetensors")
+    adapted.adapter.load({**tensors, **{alias: tensors[name] for alias, name in about["aliases"].items()}})
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> dict[str, Any]:
+    """The optimiser's state from a folder; returns the JSON state that was saved with it."""
+    state = read_json(folder / "state.json")
+    optimizer.load_state_dict(_unflatten(read_tensors(folder / "optimizer.safetensors"), state.pop("optimizer")))
+    return state
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    if not path.parent.is_dir():
+        raise UserError(f"no checkpoint folder {path.parent}")
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} is no checkpoint of ours: it has no {path.name}") from None
+    except (ValueError, OSError) as e:
+        raise UserError(f"{path} is damaged ({e}): use an older checkpoint") from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} is incomplete: it has no {path.name}") from None
+    except (SafetensorError, OSError, ValueError) as e:
+        raise UserError(f"{path} is damaged ({e}): use an older checkpoint") from None
+
+
+def size(folder: Path) -> int:
+    """Bytes of an adapter on disk."""
+    return sum((folder / n).stat().st_size for n in ("adapter.json", "adapter.safetensors"))
+
+
+def _heads(adapted: Adapted) -> list[str]:
+    return [k.replace("/", ".") for k in adapted.adapter.trained]
+
+
+def _unshared(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tied tensors once, and which names are aliases of which."""
+    first: dict[tuple, str] = {}
+    aliases = {}
+    for name, t in state.items():
+        where = (t.data_ptr(), t.shape, t.stride())
+        if t.numel() and where in first:
+            aliases[name] = first[where]
+        else:
+            first[where if t.numel() else (name,)] = name
+    return {n: t.detach().contiguous() for n, t in state.items() if n not in aliases}, aliases
+
+
+def _flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimiser's state_dict as tensors and JSON."""
+    tensors, plain = {}, {}
+    for i, entries in state["state"].items():
+        for k, v in entries.items():
+            if isinstance(v, Tensor):
+                tensors[f"{i}.{k}"] = v.detach().contiguous()
+            else:
+                plain[f"{i}.{k}"] = v
+    return tensors, {"plain": plain, "param_groups": state["param_groups"]}
+
+
+def _unflatten(tensors: dict[str, Tensor], saved: dict[str, Any]) -> dict[str, Any]:
+    state: dict[int, dict[str, Any]] = {}
+    for name, v in (*tensors.items(), *saved["plain"].items()):
+        i, _, k = name.partition(".")
+        state.setdefault(int(i), {})[k] = v
+    return {"state": state, "param_groups": saved["param_groups"]}
+
+
+def _write(folder: Path, files: dict[str, dict[str, Tensor]], texts: dict[str, dict[str, Any]]) -> None:
+    """Temporary folder, fsync, rename: a reader sees the old folder or the new one, never a half."""
+    temporary = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        for name, tensors in files.items():
+            save_file(tensors, temporary / name)
+        for name, text in texts.items():
+            (temporary / name).write_text(json.dumps(text, indent=1) + "\n")
+        for name in (*files, *texts):
+            _fsync(temporary / name)
+        old = None
+        if folder.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+            os.rename(folder, old)
+        os.rename(temporary, folder)
+        _fsync(folder.parent)
+        if old is not None:
+            shutil.rmtree(old)
+    except OSError as e:
+        raise UserError(f"cannot write {folder}: {e.strerror or e}") from None
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _fsync(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)

@@ -1,0 +1,136 @@
+"""How a delta comes to be called: the adapted layer's class is swapped for a subclass that asks for its delta.
+
+Names in the base's state dict stay as they were, isinstance still holds, and release swaps the class back; so pickle,
+deepcopy, DDP, FSDP2, gradient checkpointing and dynamo see an ordinary module."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from .adapter import Base, Delta
+
+_classes: dict[type, type] = {}
+
+
+@dataclass(eq=False)
+class Held:
+    """What an adapted layer knows: its delta, and whether it is the delta or the layer itself that runs."""
+
+    delta: Delta
+    base: Base
+    on: bool = True
+    kept: dict[str, Tensor] | None = None  # the layer's own numbers while it is merged
+    parked: dict[str, torch.device] = field(default_factory=dict)  # parameters that wait in a file
+
+
+class Holder:
+    """Mixin before a layer's own class."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        held = self.__dict__["_held"]
+        if held.on:
+            return held.delta(*args, base=held.base, **kwargs)
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+    def base_forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuilt, (type(self).__mro__[2],), self.__dict__  # the swapped class exists in this process only
+
+
+def _rebuilt(original: type) -> Any:
+    cls = adapted_class(original)
+    return cls.__new__(cls)
+
+
+def adapted_class(original: type) -> type:
+    if original not in _classes:
+        _classes[original] = type(f"Adapted{original.__name__}", (Holder, original), {})
+    return _classes[original]
+
+
+def held(module: nn.Module) -> Held:
+    return module.__dict__["_held"]
+
+
+def hold(module: nn.Module, delta: Delta) -> None:
+    """From now on calling the module calls the delta."""
+    module.__dict__["_held"] = Held(delta, Base(module))
+    module.__class__ = adapted_class(type(module))
+    switch(module, True)
+
+
+def release(module: nn.Module) -> None:
+    """The module as it was before hold()."""
+    switch(module, False)
+    module.__class__ = type(module).__mro__[2]
+    del module.__dict__["_held"]
+
+
+def switch(module: nn.Module, on: bool) -> None:
+    """on: the delta runs; off: the layer itself."""
+    h = held(module)
+    h.on = on
+    if on and h.delta.replaces:
+        _park(module, h)
+    elif not on:
+        _unpark(module, h)
+
+
+@torch.no_grad()
+def merge(module: nn.Module) -> None:
+    """The module's numbers become the effective ones; the old ones are kept for unmerge."""
+    switch(module, False)
+    h = held(module)
+    h.kept = {n: t.detach().clone() for n, t in module.state_dict().items()}
+    h.delta.write(h.base)
+
+
+@torch.no_grad()
+def unmerge(module: nn.Module) -> None:
+    """The module's own numbers, bit for bit."""
+    h = held(module)
+    kept, h.kept = h.kept or {}, None
+    for name in [n for n, _ in module.named_parameters(recurse=False) if n not in kept]:
+        setattr(module, name, None)  # a bias that merging added
+    module.load_state_dict(kept)
+    switch(module, True)
+
+
+# A delta that replaces a layer leaves its numbers unread: they wait in an unlinked file, mapped and not loaded, so that
+# full fine-tuning costs the memory of full fine-tuning and the base stays read-only all the same.
+
+
+@torch.no_grad()
+def _park(module: nn.Module, h: Held) -> None:
+    for name, p in module.named_parameters():
+        if p.numel() and p.device.type != "meta" and name not in h.parked:
+            h.parked[name] = p.device
+            p.data = _mapped(p.data)
+
+
+@torch.no_grad()
+def _unpark(module: nn.Module, h: Held) -> None:
+    for name, device in h.parked.items():
+        p = module.get_parameter(name)
+        p.data = torch.empty_like(p.data, device=device).copy_(p.data)
+    h.parked = {}
+
+
+def _mapped(t: Tensor) -> Tensor:
+    flat = t.detach().cpu().contiguous().reshape(-1)
+    file, path = tempfile.mkstemp(prefix="lorafactory-")
+    try:
+        with os.fdopen(file, "wb") as f:
+            f.write(memoryview(flat.view(torch.uint8).numpy()))
+        return torch.from_file(path, shared=False, size=flat.numel(), dtype=t.dtype).view(t.shape)
+    finally:
+        os.unlink(path)

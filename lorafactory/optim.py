@@ -1,0 +1,93 @@
+"""Lifecycle: the hooks of an adapter, run by the optimiser's own step(), so that no training loop can forget them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .adapter import Adapter, Step
+from .errors import UserError
+
+
+def groups(adapter: Adapter, head: dict[str, float] | None = None) -> list[dict[str, Any]]:
+    """Parameter groups from the parts' options. Vectors (biases, gates, magnitudes) are not decayed unless a part says
+    so; `lr_scale` multiplies the learning rate; head: options of the trained heads."""
+    options: dict[Any, dict[str, float]] = {p: {"weight_decay": 0.0} for p in adapter.parameters() if p.dim() < 2}
+    for p in adapter.heads():
+        options.setdefault(p, {}).update(head or {})
+    for part in adapter.all_parts():
+        for p, kv in part.options().items():
+            options.setdefault(p, {}).update(kv)
+    found: dict[tuple, dict[str, Any]] = {}
+    for p in adapter.parameters():
+        if p.requires_grad:
+            kv = {"lr_scale": 1.0, **options.get(p, {})}
+            found.setdefault(tuple(sorted(kv.items())), {"params": [], **kv})["params"].append(p)
+    return list(found.values())
+
+
+class Lifecycle:
+    """index counts optimiser steps from 0; a resumed run sets it. prepare(): called once gradients are final, before
+    the parts see them (clipping follows in `clip`)."""
+
+    def __init__(self, adapter: Adapter, make: Callable, total: int, head: dict[str, float] | None = None):
+        self.adapter, self.total, self.index, self.head = adapter, total, 0, head
+        self.clip: float | None = None
+        self.norm: float | None = None  # of the gradients of the last step, before clipping
+        self.depth = 0  # an optimiser whose step() calls its parent's fires the hooks twice
+        self.rates: list[float] = []
+        own = [o for p in adapter.all_parts() if (o := p.optimizer(groups(adapter, head), make)) is not None]
+        self.optimizer: torch.optim.Optimizer = own[0] if own else make(groups(adapter, head))
+        for g in self.optimizer.param_groups:
+            g["lr"] = g.get("lr", 0.0) * g.setdefault("lr_scale", 1.0)
+            g["initial_lr"] = g["lr"]
+        self.optimizer.register_step_pre_hook(self._before)
+        self.optimizer.register_step_post_hook(self._after)
+        self.optimizer.lifecycle = self  # type: ignore[attr-defined]
+
+    def step(self) -> Step:
+        return Step(self.index, self.total, self)
+
+    def _before(self, *_: Any) -> None:
+        self.depth += 1
+        if self.depth > 1:
+            return
+        if self.adapter.has_penalty and not self.adapter.__dict__.pop("penalty_taken", False):
+            self.depth = 0
+            raise UserError("this variant adds a penalty to the loss: call (loss + adapted.penalty()).backward()")
+        if self.index >= self.total:
+            self.depth = 0
+            raise UserError(f"step {self.index + 1} of {self.total}: give optimizer(total=…) the true number of steps")
+        self.adapter.before_step(self.step())
+        if self.clip is not None:
+            params = [p for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None]
+            self.norm = float(torch.nn.utils.clip_grad_norm_(params, self.clip))
+        rate = self.adapter.rate(self.step())
+        self.rates = [g["lr"] for g in self.optimizer.param_groups]
+        for g in self.optimizer.param_groups:
+            g["lr"] = g["lr"] * rate
+
+    def _after(self, *_: Any) -> None:
+        self.depth -= 1
+        if self.depth:
+            return
+        for g, lr in zip(self.optimizer.param_groups, self.rates, strict=True):
+            g["lr"] = lr
+        self.adapter.after_step(self.step())
+        self.index += 1
+
+    def rebuild(self) -> None:
+        """Train the parameters that the adapter has now, in place: whoever wraps the optimiser keeps the same object.
+        State of parameters that live on is kept, that of replaced ones is forgotten."""
+        opt = self.optimizer
+        rate = next((g["lr"] / g["lr_scale"] for g in opt.param_groups if g["lr_scale"]), 0.0)
+        first = next((g["initial_lr"] / g["lr_scale"] for g in opt.param_groups if g["lr_scale"]), 0.0)
+        opt.param_groups.clear()
+        for g in groups(self.adapter, self.head):
+            opt.add_param_group({**g, "lr": rate * g["lr_scale"], "initial_lr": first * g["lr_scale"]})
+        alive = {p for g in opt.param_groups for p in g["params"]}
+        for p in [p for p in opt.state if p not in alive]:
+            del opt.state[p]
+        self.rates = [g["lr"] for g in opt.param_groups]

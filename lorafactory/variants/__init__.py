@@ -1,0 +1,1 @@
+"""One registered part a file: paper, equation in our letters, where we differ and why."""
