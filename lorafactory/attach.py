@@ -50,7 +50,8 @@ class Adapted(nn.Module):
         self.seed, self.targets = seed, {e: len(names) for e, names in found.entries.items()}
         self.merged = False
         self.__dict__["_were_trained"] = [n for n, p in model.named_parameters() if p.requires_grad]
-        self.__dict__["_dtypes"] = {}
+        self.__dict__["_modes"] = {m: m.training for m in model.modules()}
+        self.__dict__.update(_dtypes={}, _stage=None, _index=0)
         model.requires_grad_(False)
         by_key = {s.key: s.base.module for s in found.sites}
         self.__dict__["_held"] = [(by_key[k], d) for k, d in self.adapter.deltas.items()]
@@ -97,12 +98,24 @@ class Adapted(nn.Module):
         hungry = [p.name for p in self.adapter.all_parts() if p.data]
         if hungry and batches is None and not self.adapter.loaded:
             raise UserError(f"{hungry[0]!r} starts from data: give attach(…, batches=[…]), a list of training batches")
+        self.__dict__.update(_index=index, _stage=self._stage_of(batches, loss, mask, index))
+        with seeded(self.seed):
+            self.adapter.begin(self._stage)
+        return self
+
+    def end(self) -> bool:
+        """Training of the stage is over: compress or consolidate. True: the function changed, so evaluate again."""
+        with seeded(self.seed):
+            return self.adapter.end(self._stage or self._stage_of(index=self._index))
+
+    def _stage_of(self, batches: Any = None, loss: Any = None, mask: Any = None, index: int = 0) -> Stage:
         of = batches if callable(batches) else lambda n: list(batches or ())[:n]
         measure = loss or _own_loss
         mask = mask or (lambda batch: batch.get("attention_mask") if hasattr(batch, "get") else None)
-        with seeded(self.seed):
-            self.adapter.begin(Stage(self, of, lambda batch: measure(self, batch), mask, index))
-        return self
+        return Stage(self, of, lambda batch: measure(self, batch), mask, index)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_stage": None}  # a copy has no data: batches and losses may be open files or lambdas
 
     def optimizer(self, make: Callable, total: int, head: dict[str, float] | None = None) -> torch.optim.Optimizer:
         """The stage's optimiser, with the adapter's life cycle hooked to its step(). make(groups) -> an optimiser with
@@ -193,6 +206,8 @@ class Adapted(nn.Module):
             holder.release(m)
         for name, p in self.model.named_parameters():
             p.requires_grad_(name in self._were_trained)
+        for m, mode in self._modes.items():
+            m.training = mode
         self.__dict__["_held"] = []
         return self.model
 

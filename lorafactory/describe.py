@@ -1,0 +1,115 @@
+"""`lorafactory variants`, `show` and `targets`: what there is, before anything runs."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+from dataclasses import fields
+from typing import Any
+
+from . import registry, targets
+from .adapter.site import Base, is_linear
+from .attach import Adapted
+from .errors import UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise UserError(f"{self.prog}: {message}")
+
+
+def variants(arguments: list[str]) -> int:
+    parser = _Parser(prog="lorafactory variants", description="every registered name: axis, paper, one line")
+    parser.add_argument("--json", action="store_true")
+    chosen = parser.parse_args(arguments)
+    registry.discover()
+    rows = [_about(registry.get(n)) for a in registry.AXES for n in registry.names(a)]
+    if chosen.json:
+        print(json.dumps(rows, indent=1))
+        return 0
+    widths = {k: max(len(r[k]) for r in rows) for k in ("name", "axis", "paper")}
+    for r in rows:
+        print("  ".join([*(r[k].ljust(w) for k, w in widths.items()), r["summary"]]))
+    return 0
+
+
+def _about(cls: Any) -> dict[str, str]:
+    text = inspect.getdoc(cls) or ""
+    return {"name": cls.name, "axis": "+".join((cls.axis, *cls.also)), "paper": cls.paper, "summary": text.partition("\n")[0]}
+
+
+def show(arguments: list[str]) -> int:
+    parser = _Parser(prog="lorafactory show", description="a variant's equation, options and cost")
+    parser.add_argument("name", help="a name or a composite, e.g. dora+pissa")
+    parser.add_argument("--model", default="minilm", help="preset of configs/model on which to count (default: minilm)")
+    chosen = parser.parse_args(arguments)
+    registry.discover()
+    config = registry.config(chosen.name)
+    named = {n.strip() for n in chosen.name.split("+")}
+    for cls in registry.chosen(config):
+        if cls.name not in named:
+            continue
+        print(f"{cls.name}  ({'+'.join((cls.axis, *cls.also))}; {cls.paper})\n")
+        print(_indent(inspect.getdoc(cls) or ""))
+        print("\n  options:")
+        prefix = "variant" if cls.axis == "structure" else f"variant.{cls.axis}"
+        for f in fields(cls.Config):
+            if f.name not in (*registry.PARTS, "name"):
+                print(f"    {prefix}.{f.name}={getattr(cls.Config(), f.name)}")
+        for word, said in (("needs", cls.needs), ("gives", getattr(cls, "gives", ())), ("does", cls.does), ("minds", cls.minds)):
+            if said:
+                print(f"  {word}: {', '.join(sorted(said))}")
+        print()
+    model = base_model(chosen.model)
+    cost = Adapted(model, config, 0).cost()
+    share = cost["adapter_parameters"] / cost["total_parameters"]
+    print(f"on {chosen.model}: {cost['adapter_parameters']:,} trainable parameters ({share:.3%} of {cost['total_parameters']:,}), "
+          f"and {cost['head_parameters']:,} of the head")  # fmt: skip
+    return 0
+
+
+def targets_of(model: Any) -> list[dict[str, Any]]:
+    """Linear layers grouped by role (the name with block numbers replaced by *), shape and count."""
+    heads, shared = targets.head_modules(model), targets.tied(model)
+    found: dict[tuple, dict[str, Any]] = {}
+    for name, m in model.named_modules():
+        if not is_linear(m):
+            continue
+        role = ".".join("*" if part.isdigit() else part for part in name.split("."))
+        shape = tuple(Base(m).weight.shape)
+        note = "head, trained whole" if targets.inside(name, heads) else shared.get(m, "")
+        row = {"role": role, "d_out": shape[0], "d_in": shape[1], "layer": type(m).__name__, "count": 0, "note": note}
+        found.setdefault((role, shape), row)["count"] += 1
+    return list(found.values())
+
+
+def targets_command(arguments: list[str]) -> int:
+    parser = _Parser(prog="lorafactory targets", description="what of a model can be adapted, by role, shape and count")
+    parser.add_argument("model", help="a preset of configs/model, a folder or a hub id")
+    rows = targets_of(base_model(parser.parse_args(arguments).model))
+    width = max((len(r["role"]) for r in rows), default=0)
+    for r in rows:
+        print(f"{r['role']:{width}}  {r['layer']} [{r['d_out']}, {r['d_in']}]  x {r['count']}  {r['note']}".rstrip())
+    return 0
+
+
+def base_model(name: str) -> Any:
+    """The model of a preset, folder or hub id, with a head of two classes where it has one."""
+    from omegaconf import OmegaConf
+
+    from . import paths
+    from .models import ModelConfig, load
+    from .tasks import get_task
+
+    preset = paths.configs() / "model" / f"{name}.yaml"
+    options = OmegaConf.to_container(OmegaConf.load(preset)) if preset.exists() else {"name": "given", "source": name}
+    config = registry.fill(ModelConfig, {str(k): v for k, v in dict(options).items() if k != "defaults"}, f"model {name!r}")  # type: ignore[call-overload]
+    cls = get_task("toy")
+    task = cls(cls.Config(kind="toy", name="toy"))
+    task.load()
+    return load(config, task).model
+
+
+def _indent(text: str) -> str:
+    return "\n".join(("  " + line).rstrip() for line in text.splitlines())

@@ -1,0 +1,40 @@
+"""Raw predictions of a split, each row exactly once whatever the number of processes, and the metrics on them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from .attach import Adapted
+
+
+@torch.no_grad()
+def predict(adapted: Adapted, task: Any, split: str, batch_size: int, accelerator: Accelerator) -> list[Any]:
+    """One raw prediction a row, in the split's order. The model's mode comes back as it was."""
+    rows, mode = task.splits[split], adapted.training
+    adapted.eval()
+    mine = list(range(accelerator.process_index, len(rows), accelerator.num_processes))
+    found: list[tuple[int, Any]] = []
+    for start in range(0, len(mine), batch_size):
+        index = mine[start : start + batch_size]
+        batch = to_device(task.collate([rows[i] for i in index]), accelerator.device)
+        adapted.adapter.before_forward(batch)
+        with accelerator.autocast():
+            found += zip(index, task.predict(adapted, batch), strict=True)
+    adapted.train(mode)
+    if accelerator.num_processes > 1:
+        found = gather_object(found)
+    return [p for _, p in sorted(found, key=lambda pair: pair[0])]
+
+
+def score(adapted: Adapted, task: Any, split: str, batch_size: int, accelerator: Accelerator) -> tuple[dict, list]:
+    """(metrics, raw predictions) of a split."""
+    predictions = predict(adapted, task, split, batch_size, accelerator)
+    return task.metrics(predictions, task.references(split)), predictions
+
+
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}

@@ -1,0 +1,168 @@
+"""`lorafactory run`: plain Hydra, its errors in one line, and a sweep's last lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf.errors import OmegaConfBaseException
+
+from . import config as configs
+from . import paths, registry
+from .errors import UserError
+from .files import write_whole
+
+_ended: dict[str, Any] = {}  # of this process: the single run's outcome or error, or the sweep's summary
+SCRIPT = """_lorafactory() {
+  local IFS=$'\\n'
+  COMPREPLY=($(COMP_LINE="${COMP_LINE:0:$COMP_POINT}" lorafactory completion query 2>/dev/null))
+}
+complete -o nospace -o default -F _lorafactory lorafactory"""
+
+
+def run(arguments: list[str]) -> int:
+    """Exit status: 0; 1 where a run diverged or one of a sweep failed. Raises UserError for a mistake."""
+    _ended.clear()
+    _hydra(arguments)
+    if "error" in _ended:
+        raise _ended["error"]
+    if "bad" in _ended:
+        return 1 if _ended["bad"] else 0
+    return 1 if _ended.get("status") == "diverged" else 0
+
+
+def _hydra(arguments: list[str]) -> None:
+    registry.discover()
+    configs.publish()
+    before, sys.argv = sys.argv, ["lorafactory", *arguments]
+    full_error, os.environ["HYDRA_FULL_ERROR"] = os.environ.get("HYDRA_FULL_ERROR"), "1"  # errors come to us, unprinted
+    try:
+        hydra.main(version_base="1.3", config_path=str(paths.configs()), config_name="config")(_job)()
+    except (HydraException, OmegaConfBaseException) as e:
+        raise UserError(_one_line(e)) from e
+    except OSError as e:
+        raise UserError(f"cannot write {e.filename}: {e.strerror}; name a folder that can be written (results.folder=DIR)") from e
+    finally:
+        sys.argv = before
+        if full_error is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+
+
+def _job(cfg: Any) -> float | None:
+    """One run, in whatever process Hydra's launcher chose. Returns what a sweeper maximises."""
+    job = HydraConfig.get()
+    folder, sweep = Path(job.runtime.output_dir), job.mode == RunMode.MULTIRUN
+    overrides = [o for o in job.overrides.task if not o.startswith("results.folder=")]
+    label = " ".join(overrides) or "defaults"
+    try:
+        from .run import run
+
+        made = run(configs.load(cfg), shlex.join(["lorafactory", "run", *overrides]))
+    except Exception as e:  # a sweep goes on; a single run's error is raised again once Hydra is out of the way
+        if not sweep:
+            _ended["error"] = e
+            return None
+        write_whole(folder / "traceback.txt", traceback.format_exc().encode())
+        line = " ".join(str(e).split()) if isinstance(e, UserError) else f"{type(e).__name__}: {e}"
+        _outcome(folder, label, "failed", line, folder / "traceback.txt")
+        print(f"failed    {label}: {line}", flush=True)
+        return None
+    metrics = made.record["metrics"]
+    primary = metrics["primary"]
+    score = metrics["test"].get(primary)
+    shown = "undefined" if score is None else f"{score:.4f}"
+    status = made.record["status"] if made.status == "found" else made.status
+    if sweep:
+        _outcome(folder, label, made.status if status != "diverged" else status, made.record.get("reason", ""), made.path)
+        print(f"{made.status:9} {label}: {primary} {shown} ({made.record['cost']['seconds']:.1f} s)", flush=True)
+    else:
+        _ended["status"] = status
+        if status == "diverged":
+            print(f"diverged: {made.record['reason']}")
+        print(f"{primary} on test: {shown}{' (found, not run again)' if made.status == 'found' else ''}")
+        print(f"record: {made.path}")
+    return metrics["selection"].get(primary)
+
+
+def _outcome(folder: Path, label: str, status: str, reason: str, path: Path) -> None:
+    text = {"label": label, "status": status, "reason": reason, "path": str(path)}
+    write_whole(folder / "outcome.json", json.dumps(text).encode())
+
+
+class Summary(Callback):
+    """Hydra's callback: the last lines of a sweep. Outcomes are files, for a launcher may run jobs anywhere."""
+
+    def on_multirun_end(self, config: Any, **kwargs: Any) -> None:
+        folder = Path(config.hydra.sweep.dir)
+        found = sorted(folder.rglob("outcome.json"), key=lambda p: (len(p.parent.name), p.parent.name))
+        ends = [json.loads(p.read_text()) for p in found]
+        counts = Counter(e["status"] for e in ends)
+        print(f"{counts['ok']} ran, {counts['found']} found, {counts['failed']} failed, {counts['diverged']} diverged")
+        _ended["bad"] = [e for e in ends if e["status"] in ("failed", "diverged")]
+        for e in _ended["bad"]:
+            print(f"  {e['status']}: {e['label']}: {e['reason']} ({e['path']})")
+
+
+def _one_line(error: BaseException) -> str:
+    """What Hydra and OmegaConf say, with the nearest names."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        options = [o for o in error.options or () if o != "kind"]
+        return f"no {group or 'config'} {name!r}; {registry.nearest(name, options) if options else 'there are none'}"
+    cause = next((c for c in _causes(error) if isinstance(c, OmegaConfBaseException) and c.key is not None), None)
+    known = getattr(getattr(cause, "object_type", None), "__dataclass_fields__", None)
+    if cause is not None and known and cause.key not in known:
+        return f"no option {cause.full_key or cause.key!r}; {registry.nearest(str(cause.key), known)}"
+    first = _causes(error)[-1] if isinstance(_causes(error)[-1], UserError) else error
+    text = [line.strip() for line in str(first).splitlines() if line.strip() and not line.startswith("    ")]
+    detail = str(cause).splitlines()[0] if cause is not None else ""
+    return text[0] if not detail or detail in text[0] else f"{text[0]} {detail}"
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    chain: list[BaseException] = []
+    at: BaseException | None = error
+    while at is not None and at not in chain:
+        chain.append(at)
+        at = at.__cause__ or at.__context__
+    return chain
+
+
+def completion(arguments: list[str]) -> int:
+    """Print the completion script of a shell, or, called by it, the completions of COMP_LINE."""
+    if arguments == ["query"]:
+        return _complete(os.environ.get("COMP_LINE", ""))
+    scripts = {"bash": SCRIPT, "zsh": f"autoload -U +X bashcompinit && bashcompinit\n{SCRIPT}"}
+    if len(arguments) != 1 or arguments[0] not in scripts:
+        raise UserError(f"completion takes one shell, {' or '.join(scripts)}; not {' '.join(arguments) or 'nothing'!r}")
+    print(scripts[arguments[0]])
+    return 0
+
+
+def _complete(line: str) -> int:
+    words = line.split()
+    typed = "" if line.endswith(" ") or len(words) < 2 else words[-1]
+    if len(words) - bool(typed) < 2:
+        names = ("run", "variants", "show", "targets", "table", "completion")
+    elif words[1] == "run":
+        os.environ["COMP_LINE"] = "lorafactory " + line.partition("run")[2].lstrip()
+        _hydra(["--shell-completion", "query=bash"])
+        return 0
+    elif words[1] == "show":
+        registry.discover()
+        names = tuple(registry.names())
+    else:
+        names = ()
+    print("\n".join(n for n in names if n.startswith(typed)))
+    return 0

@@ -1,0 +1,139 @@
+"""One run, a straight line: config -> (its record exists? return it) -> model, task -> attach -> train -> score -> record."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from . import checkpoint, models, record, registry
+from .attach import Adapted, seeded
+from .config import RunConfig
+from .errors import UserError
+from .evaluate import score
+from .memory import Peak
+from .plan import mix
+from .sinks import Progress as Bar
+from .sinks import Wandb
+from .tasks import Task, get_task
+from .train import Diverged, Trainer
+
+
+@dataclass
+class Outcome:
+    """status: ok, found, diverged; the record and where it lies."""
+
+    status: str
+    path: Path
+    record: dict[str, Any]
+
+
+def run(config: RunConfig, command: str = "") -> Outcome:
+    """Make the record of a config, or find it. Raises UserError for what cannot be run."""
+    settings = asdict(config)
+    names = {
+        "experiment": config.results.experiment,
+        "variant": registry.spell(config.variant),
+        "task": config.task.name,
+        "model": config.model.name,
+        "seed": config.seed,
+        "id": record.run_id(settings),
+    }
+    results = Path(config.results.folder)
+    with record.lock(record.path_of(results, **names)):
+        if (path := record.find(results, **names)) is not None:
+            return Outcome("found", path, record.read(path))
+        made = {"schema": record.SCHEMA, **names, "config": settings, "command": command, **_make(config, names["id"])}
+        made["environment"] = record.environment()
+        path = record.path_of(results, **names, scratch=record.is_scratch(made))
+        predictions = made.pop("raw")
+        record.write(path, made, predictions)
+        return Outcome(made["status"], path, record.read(path))
+
+
+def _make(config: RunConfig, id: str) -> dict[str, Any]:
+    """Everything that only running can tell."""
+    began = time.perf_counter()
+    AcceleratorState._reset_state()  # a sweep may change the precision from run to run
+    accelerator = Accelerator(mixed_precision=config.train.precision)
+    task = get_task(config.task.kind)(config.task)
+    task.load()
+    loaded = models.load(config.model, task)
+    loaded.redraw(mix(config.seed, 1))
+    task.prepare(loaded.processor)
+    loaded.model.to(accelerator.device)
+    about = {"data": task.describe(), "base": loaded.describe()}
+    peak = Peak(accelerator.device)
+    variant = config.variant
+    if variant.trained_modules is None:
+        variant = replace(variant, trained_modules=models.heads(loaded))
+    adapted = Adapted(loaded.model, variant, mix(config.seed, 2))
+    try:
+        found = _train(config, id, task, adapted, accelerator)
+        found["cost"] |= {"peak_bytes": peak.read(), "seconds": time.perf_counter() - began}
+        return found | about
+    finally:
+        adapted.detach()
+
+
+def _train(config: RunConfig, id: str, task: Task, adapted: Adapted, accelerator: Accelerator) -> dict[str, Any]:
+    folder = Path(config.results.folder) / "scratch" / "checkpoints" / id
+    trainer = Trainer(adapted, task, config.train, mix(config.seed, 3), accelerator, folder)
+    bar = Bar(trainer.plan.total, f"{adapted.variant} {config.task.name} seed {config.seed}", trainer.progress.step)
+    wandb = Wandb(config.wandb.mode, config.wandb.project, f"{adapted.variant}-{id}", asdict(config))
+
+    def watch(row: dict[str, Any]) -> None:
+        bar.step(row)
+        wandb.step(row)
+
+    trainer.watch = watch
+    made: dict[str, Any] = {"status": "ok", "raw": None}
+    try:
+        trainer.train()
+        made |= _score(config, task, adapted, accelerator)
+    except Diverged as e:
+        made |= {"status": "diverged", "reason": str(e), "metrics": {"primary": task.primary, "selection": {}, "test": {}}}
+    finally:
+        bar.close()
+    progress = trainer.progress
+    made |= {"curve": progress.curve, "evaluations": progress.evaluations}
+    seconds = progress.seconds
+    made["cost"] = adapted.cost() | {
+        "train_seconds": seconds,
+        "steps_per_second": progress.step / seconds if seconds else None,
+        "checkpoint_bytes": _keep(config, id, adapted),
+    }
+    made |= {"adapted": adapted.adapter.describe(), "targets": adapted.targets}
+    optimizer = trainer.lifecycle.optimizer
+    made["optimizer"] = {
+        "class": type(optimizer).__name__,
+        "steps": progress.step,
+        "method": adapted.adapter.counters(),
+    }
+    trainer.checkpoints.clear()
+    wandb.finish(made)
+    return made
+
+
+def _score(config: RunConfig, task: Task, adapted: Adapted, accelerator: Accelerator) -> dict[str, Any]:
+    """Selection and test, each read once, after training."""
+    metrics: dict[str, Any] = {"primary": task.primary}
+    raw = {}
+    with seeded(config.seed):
+        for split in ("selection", "test"):
+            metrics[split], raw[split] = score(adapted, task, split, config.train.eval_batch_size, accelerator)
+    return {"metrics": metrics, "raw": raw}
+
+
+def _keep(config: RunConfig, id: str, adapted: Adapted) -> int:
+    """Bytes of the adapter as saved; the folder stays where results.keep_adapter asks for it."""
+    folder = Path(config.results.folder) / "adapters" / id
+    size = checkpoint.size(adapted.save(folder))
+    if not config.results.keep_adapter:
+        shutil.rmtree(folder)
+    return size

@@ -1,0 +1,129 @@
+"""Tasks: data, loss and metrics behind one interface. One family a file; configs/task holds the presets.
+
+A new family is one module here, or in a package with the entry-point group `lorafactory.tasks`: a subclass of Task
+under @register_task("kind")."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any, ClassVar, Optional
+
+import torch.nn as nn
+from torch import Tensor
+
+from ..errors import UserError
+from ..registry import nearest
+
+SPLITS = ("train", "selection", "test")
+_classes: dict[str, type[Task]] = {}
+
+
+class Task:
+    """Data, loss and metrics of one task. Larger primary metric is better, always.
+
+    In order: load() the raw data, head() for the model, prepare(processor), then the rest."""
+
+    kind: ClassVar[str]
+    auto_model: ClassVar[str] = "AutoModelForSequenceClassification"
+    auto_processor: ClassVar[str] = "AutoTokenizer"
+    primary: str  # the metric that selects
+    splits: dict[str, Sequence[dict[str, Any]]]  # each of SPLITS -> prepared rows
+
+    @dataclass
+    class Config:
+        """source: hub id, folder, or package:<name>/<folder>. revision: the hub's. *_size: rows, drawn by split_seed
+        alone, whatever the run's seed; 0: all."""
+
+        kind: str = ""
+        name: str = ""
+        source: str = ""
+        revision: Optional[str] = None  # noqa: UP045  OmegaConf's spelling
+        train_size: int = 0
+        selection_size: int = 0
+        test_size: int = 0
+        split_seed: int = 0
+
+        def __post_init__(self) -> None:
+            for option in (*(f"{s}_size" for s in SPLITS), "split_seed"):
+                if getattr(self, option) < 0:
+                    raise UserError(f"task.{option}={getattr(self, option)}: give 0 or more")
+
+    def __init__(self, config: Any):
+        if config.kind != self.kind:
+            raise UserError(f"task.kind={config.kind!r}, but {type(self).__name__} is kind {self.kind!r}: use a preset")
+        self.config = config
+
+    def load(self) -> None:
+        """Read the raw data and make the splits. Raises UserError for missing or wrong data."""
+        raise NotImplementedError
+
+    def head(self) -> dict[str, Any]:
+        """What from_pretrained must know of the head: num_labels, id2label, label2id; {}: it has none."""
+        return {}
+
+    def prepare(self, processor: Any) -> None:
+        """Fill `splits` with rows for the model, cached on disk."""
+        raise NotImplementedError
+
+    def collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Rows of any split -> one batch, padded to its longest row."""
+        raise NotImplementedError
+
+    def size(self, batch: dict[str, Tensor]) -> int:
+        """Loss units in the batch: examples, or label tokens."""
+        raise NotImplementedError
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """The SUM over the batch's units, a float32 scalar; divided by the sizes of all batches of a step it is their
+        mean, however they were cut."""
+        raise NotImplementedError
+
+    def predict(self, model: nn.Module, batch: dict[str, Tensor]) -> list[Any]:
+        """One raw prediction a row, fit for JSON, without gradients."""
+        raise NotImplementedError
+
+    def references(self, split: str) -> list[Any]:
+        """What metrics() compares the predictions of a split with."""
+        raise NotImplementedError
+
+    def metrics(self, predictions: list[Any], references: list[Any]) -> dict[str, Any]:
+        """name -> float, or None beside `<name>_undefined`: why; and `constant_prediction`."""
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        """For the record: where the data came from, what they are, how they were split."""
+        raise NotImplementedError
+
+
+def register_task(kind: str) -> Callable[[type], type]:
+    """Class decorator: publishes the class under `kind`. Raises UserError if the kind is taken."""
+
+    def add(cls: type) -> type:
+        if kind in _classes:
+            first = _classes[kind].__module__
+            raise UserError(f"task kind {kind!r} is registered twice: {first} and {cls.__module__}")
+        cls.kind = kind  # type: ignore[attr-defined]
+        _classes[kind] = cls
+        return cls
+
+    return add
+
+
+def tasks() -> dict[str, type[Task]]:
+    """Every kind and its class. An import error is not caught: a task must not vanish silently."""
+    for module in sorted(m.name for m in pkgutil.iter_modules(__path__)):
+        importlib.import_module(f"{__name__}.{module}")
+    for point in entry_points(group="lorafactory.tasks"):
+        point.load()
+    return dict(sorted(_classes.items()))
+
+
+def get_task(kind: str) -> type[Task]:
+    known = tasks()
+    if kind not in known:
+        raise UserError(f"no task kind {kind!r}; {nearest(kind, known)}")
+    return known[kind]

@@ -1,0 +1,14 @@
+"""What every test stands on: one torch thread, and the marker of what only `make test-all` runs."""
+
+import pytest
+import torch
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: runs in `make test-all` only")
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def same_randomness():
+    torch.manual_seed(0)

@@ -1,0 +1,176 @@
+"""A small base model, a task for it, a training loop, and how near two numbers of a dtype must be."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from lorafactory import Adapted, UserError, attach, registry
+
+STEPS, LR = 16, 5e-3
+# what a few dozen operations may lose, as a share of the largest entry
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
+
+
+def close(a: Tensor, b: Tensor, times: float = 1.0) -> bool:
+    """Equal up to the rounding of the narrower dtype; `times` for long computations."""
+    tolerance = times * max(TOLERANCE[a.dtype], TOLERANCE[b.dtype])
+    return a.shape == b.shape and bool((a.double() - b.double()).abs().max() <= tolerance * (1 + b.double().abs().max()))
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Bit for bit, names and shapes included."""
+    return a.keys() == b.keys() and all(t.shape == b[n].shape and torch.equal(t, b[n]) for n, t in a.items())
+
+
+def cloned(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n: t.detach().clone() for n, t in state.items()}
+
+
+class Net(nn.Module):
+    """Wide, tall and square layers; transposed: GPT-2's Conv1D, else nn.Linear, the last one without a bias."""
+
+    def __init__(self, transposed: bool = False):
+        super().__init__()
+        self.fc1, self.fc2 = _layer(24, 40, transposed), _layer(40, 24, transposed)
+        self.norm = nn.LayerNorm(24)
+        self.fc3 = _layer(24, 24, transposed, bias=False)
+        self.head = nn.Linear(24, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.fc3(torch.tanh(self.norm(self.fc2(torch.tanh(self.fc1(x))))))))
+
+
+def _layer(d_in: int, d_out: int, transposed: bool, bias: bool = True) -> nn.Module:
+    if not transposed:
+        return nn.Linear(d_in, d_out, bias)
+    made = Conv1D(d_out, d_in)
+    nn.init.normal_(made.weight, std=d_in**-0.5)
+    nn.init.normal_(made.bias, std=0.1)
+    return made
+
+
+class Regression:
+    """Batches {x, y} of a teacher: the base with a dense and a rank-1 change of every matrix, and of every bias."""
+
+    def __init__(self, base: nn.Module, seed: int = 1):
+        g = torch.Generator().manual_seed(seed)
+        self.teacher = copy.deepcopy(base)
+        with torch.no_grad():
+            for p in self.teacher.parameters():
+                dense = torch.randn(p.shape, generator=g)
+                if p.dim() == 2:
+                    line = torch.randn(p.shape[0], 1, generator=g) @ torch.randn(1, p.shape[1], generator=g)
+                    p.add_(p.std() * (0.5 * dense + 0.3 * line))
+                else:
+                    p.add_(0.3 * dense)
+            x = torch.randn(8, 6, 5, 24, generator=g).to(next(base.parameters()).dtype)
+            self.all = [{"x": b, "y": self.teacher(b)} for b in x]
+
+    def __call__(self, count: int) -> list[dict[str, Tensor]]:
+        return [self.all[i % len(self.all)] for i in range(count)]
+
+
+def loss(model: Callable, batch: dict[str, Tensor]) -> Tensor:
+    return F.mse_loss(model(batch["x"]).float(), batch["y"].float())
+
+
+def adamw(groups: list[dict]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=LR, weight_decay=0.0)
+
+
+def train(
+    adapted: Adapted, data: Regression, optimizer: Any, steps: int = STEPS, start: int = 0, watch: Callable = lambda i: None
+) -> list[float]:
+    """Losses of steps `start` to `steps`; watch(i) is called after the backward pass of step i."""
+    losses = []
+    for i in range(start, steps):
+        torch.manual_seed(100 + i)
+        batch = data(i + 1)[i]
+        adapted.adapter.before_forward(batch)
+        task = loss(adapted, batch)
+        optimizer.zero_grad()
+        (task + adapted.penalty()).backward()
+        watch(i)
+        optimizer.step()
+        losses.append(float(task.detach()))
+    return losses
+
+
+def begun(adapted: Adapted, data: Regression, index: int = 0) -> Adapted:
+    return adapted.begin(data, loss, index=index)
+
+
+@torch.no_grad()
+def perturb(adapter: nn.Module, size: float = 0.03) -> None:
+    """So that nothing is equal merely because it still stands where it started."""
+    g = torch.Generator().manual_seed(3)
+    for p in adapter.parameters():
+        if p.requires_grad and p.numel():
+            p.add_(size * (p.abs().mean() + 0.1) * torch.randn(p.shape, generator=g).to(p.dtype))
+
+
+def linear_sites(adapted: Adapted) -> Iterator[tuple[Any, Any]]:
+    """(site, delta) of every adapted linear layer."""
+    for s in adapted.adapter.sites:
+        if s.key in adapted.adapter.deltas and s.is_linear:
+            yield s, adapted.adapter.deltas[s.key]
+
+
+# what a variant's own test file tells the tests that run over all variants
+
+
+@cache
+def told(name: str) -> Any:
+    """tests/variants/test_<name>.py, which may hold
+    SMALL    {option: value}: under these the method acts within a few steps on 24 dimensions
+    CHANGES  {option: ([values to try], {other options under which it matters})}, where guessing by type will not do"""
+    path = Path(__file__).parent / "variants" / f"test_{name}.py"
+    if not path.exists():
+        return None
+    spec = importlib.util.spec_from_file_location(f"told_{name}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def small(spelling: str, **options: Any) -> dict[str, Any]:
+    """Options of a composite for small layers and short runs."""
+    made: dict[str, Any] = {}
+    for cls in registry.parse(spelling):
+        known = cls.Config.__dataclass_fields__
+        own = {"rank": 4} if cls.axis == "structure" and "rank" in known else {}
+        own |= getattr(told(cls.name), "SMALL", {})
+        if cls.axis == "structure":
+            made |= own
+        elif own:
+            made[cls.axis] = own
+    if needs_head(registry.parse(spelling)[0].name):
+        made["trained_modules"] = ["head"]
+    return made | options
+
+
+@cache
+def needs_head(structure: str) -> bool:
+    """Whether the structure alone trains nothing."""
+    try:
+        Adapted(Net(), registry.config(structure, trained_modules=[]), seed=0)
+        return False
+    except UserError as e:
+        return "would train nothing" in str(e)
+
+
+def attached(spelling: str, base: nn.Module, data: Regression, seed: int = 5, **options: Any) -> Adapted:
+    """A begun adapter on a copy of the base."""
+    return attach(copy.deepcopy(base), spelling, batches=data, loss=loss, seed=seed, **small(spelling, **options))

@@ -1,0 +1,68 @@
+"""Metrics against scikit-learn's, and what happens where they have no value (B58)."""
+
+import numpy as np
+import pytest
+from samples import refused
+
+from lorafactory.tasks import metrics
+
+sklearn = pytest.importorskip("sklearn.metrics", reason="needs scikit-learn to compare with")
+THEIRS = {
+    "accuracy": lambda p, t: sklearn.accuracy_score(t, p),
+    "f1": lambda p, t: sklearn.f1_score(t, p),
+    "macro_f1": lambda p, t: sklearn.f1_score(t, p, average="macro"),
+    "matthews": lambda p, t: sklearn.matthews_corrcoef(t, p),
+}
+
+
+def logits(predicted, classes):
+    return (np.eye(classes)[predicted] + np.linspace(0, 0.1, classes)).tolist()
+
+
+@pytest.mark.parametrize("name", metrics.METRICS)
+@pytest.mark.parametrize("classes", [2, 5])
+def test_equal_to_sklearn(name, classes):
+    if name == "f1" and classes > 2:
+        pytest.skip("F1 of class 1 is for two classes")
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        true = rng.choice(classes, 40, p=rng.dirichlet(np.ones(classes)))
+        predicted = np.where(rng.random(40) < 0.5, true, rng.integers(classes, size=40))
+        if len(set(true)) > 1 and len(set(predicted)) > 1:
+            found = metrics.compute([name], logits(predicted, classes), true.tolist())
+            assert found[name] == pytest.approx(THEIRS[name](predicted, true), abs=1e-12)
+            assert found["constant_prediction"] is False
+
+
+def test_a_constant_prediction_is_said_and_its_correlation_is_undefined():
+    found = metrics.compute(["matthews", "f1", "accuracy"], logits([1] * 6, 2), [1, 1, 1, 1, 0, 0])
+    assert found["matthews"] is None and found["matthews_undefined"] == "all predictions are class 1"
+    assert found["constant_prediction"] is True and found["f1"] == pytest.approx(0.8)
+
+
+def test_f1_without_positives_is_undefined_not_zero():
+    found = metrics.compute(["f1"], logits([0, 0], 2), [0, 0])
+    assert found["f1"] is None and "class 1" in found["f1_undefined"]
+
+
+def test_predictions_that_are_not_finite_have_no_score():
+    found = metrics.compute(["accuracy"], [[float("nan"), 0.0], [0.0, 1.0]], [0, 1])
+    assert found["accuracy"] is None and found["accuracy_undefined"] == "1 of 2 predictions are not finite"
+
+
+def test_lengths_must_agree():
+    with pytest.raises(ValueError, match="references"):
+        metrics.compute(["accuracy"], [[0.0, 1.0]], [0, 1])
+
+
+def test_unknown_metric_names_the_nearest():
+    refused(lambda: metrics.metric("acuracy"), "acuracy", "accuracy")
+
+
+def test_evaluate_metrics_need_no_hub():
+    pytest.importorskip("evaluate", reason="needs evaluate")
+    predicted, true = [0, 1, 1, 0, 1], [0, 1, 0, 0, 1]
+    for name in metrics.METRICS:
+        ours = metrics.compute([name], logits(predicted, 2), true)[name]
+        assert metrics.as_evaluate(name).compute(predictions=predicted, references=true) == {name: pytest.approx(ours)}
+    assert metrics.as_evaluate("matthews").compute(predictions=[1, 1], references=[0, 1]) == {"matthews": None}
