@@ -65,7 +65,7 @@ def load(model: nn.Module, folder: str | Path, check_base: bool = True) -> Adapt
             f"{folder} was trained on another base model (fingerprint {about['base']}): load that one, "
             "in the same dtype, or pass check_base=False"
         )
-    adapted = Adapted(model, config)
+    adapted = Adapted(model, config, seed=0)  # what it draws is overwritten: torch's generator stays where it is
     try:
         restore(adapted, folder)
     except BaseException:

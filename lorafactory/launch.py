@@ -63,6 +63,7 @@ def _job(cfg: Any) -> float | None:
     """One run, in whatever process Hydra's launcher chose. Returns what a sweeper maximises."""
     job = HydraConfig.get()
     folder, sweep = Path(job.runtime.output_dir), job.mode == RunMode.MULTIRUN
+    show = print if os.environ.get("RANK", "0") == "0" else lambda *args, **kwargs: None  # torchrun: one process speaks
     overrides = [o for o in job.overrides.task if not o.startswith("results.folder=")]
     label = " ".join(overrides) or "defaults"
     try:
@@ -76,7 +77,7 @@ def _job(cfg: Any) -> float | None:
         write_whole(folder / "traceback.txt", traceback.format_exc().encode())
         line = " ".join(str(e).split()) if isinstance(e, UserError) else f"{type(e).__name__}: {e}"
         _outcome(folder, label, "failed", line, folder / "traceback.txt")
-        print(f"failed    {label}: {line}", flush=True)
+        show(f"failed    {label}: {line}", flush=True)
         return None
     metrics = made.record["metrics"]
     primary = metrics["primary"]
@@ -85,13 +86,13 @@ def _job(cfg: Any) -> float | None:
     status = made.record["status"] if made.status == "found" else made.status
     if sweep:
         _outcome(folder, label, made.status if status != "diverged" else status, made.record.get("reason", ""), made.path)
-        print(f"{made.status:9} {label}: {primary} {shown} ({made.record['cost']['seconds']:.1f} s)", flush=True)
+        show(f"{made.status:9} {label}: {primary} {shown} ({made.record['cost']['seconds']:.1f} s)", flush=True)
     else:
         _ended["status"] = status
         if status == "diverged":
-            print(f"diverged: {made.record['reason']}")
-        print(f"{primary} on test: {shown}{' (found, not run again)' if made.status == 'found' else ''}")
-        print(f"record: {made.path}")
+            show(f"diverged: {made.record['reason']}")
+        show(f"{primary} on test: {shown}{' (found, not run again)' if made.status == 'found' else ''}")
+        show(f"record: {made.path}")
     return metrics["selection"].get(primary)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import math
 import pkgutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -36,6 +37,10 @@ class Named:
         if self.name not in ("", own):
             raise UserError(f"this config is {own!r}; choose another by variant={self.name}, not by its name field")
         self.name = own
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{f.name} is {value}; it must be a finite number")
         if own:
             self.check()
 
@@ -172,10 +177,10 @@ def fill(cls: type, options: Any, what: str, given: dict[str, Any] | None = None
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    if is_dataclass(options) and not isinstance(options, type):
+    if isinstance(options, cls):
         return options
     if not isinstance(options, dict):
-        raise UserError(f"{what}: options are {options!r}; give a dict")
+        raise UserError(f"{what}: options are {options!r}; give a dict or its own Config")
     known = [f.name for f in fields(cls) if f.name not in PARTS]
     for key in options:
         if key not in known:

@@ -48,7 +48,7 @@ class Checkpoints:
                 checkpoint.restore(self.adapted, folder)
                 return folder
             except UserError as e:
-                log.warning("%s; going on from the one before", e)
+                log.warning("checkpoint %s cannot be used: %s; going on from the one before", folder.name, e)
         return None
 
     def restore(self, folder: Path, optimizer: Any) -> dict[str, Any]:

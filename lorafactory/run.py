@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list
 
 from . import checkpoint, models, record, registry
 from .attach import Adapted, seeded
@@ -44,23 +47,29 @@ def run(config: RunConfig, command: str = "") -> Outcome:
         "seed": config.seed,
         "id": record.run_id(settings),
     }
-    results = Path(config.results.folder)
-    with record.lock(record.path_of(results, **names)):
-        if (path := record.find(results, **names)) is not None:
+    AcceleratorState._reset_state()  # a sweep may change the precision from run to run
+    accelerator = Accelerator(mixed_precision=config.train.precision, cpu=not torch.cuda.is_available())
+    main, results = accelerator.is_main_process, Path(config.results.folder)
+    with record.lock(record.path_of(results, **names)) if main else contextlib.nullcontext():
+        path = record.find(results, **names) if main else None
+        if accelerator.num_processes > 1:
+            (path,) = broadcast_object_list([path])
+        if path is not None:
             return Outcome("found", path, record.read(path))
-        made = {"schema": record.SCHEMA, **names, "config": settings, "command": command, **_make(config, names["id"])}
-        made["environment"] = record.environment()
+        made = {"schema": record.SCHEMA, **names, "config": settings, "command": command}
+        made |= _make(config, names["id"], accelerator)
+        made["environment"] = record.environment() | {"processes": accelerator.num_processes}
         path = record.path_of(results, **names, scratch=record.is_scratch(made))
         predictions = made.pop("raw")
-        record.write(path, made, predictions)
+        if main:
+            record.write(path, made, predictions)
+        accelerator.wait_for_everyone()
         return Outcome(made["status"], path, record.read(path))
 
 
-def _make(config: RunConfig, id: str) -> dict[str, Any]:
+def _make(config: RunConfig, id: str, accelerator: Accelerator) -> dict[str, Any]:
     """Everything that only running can tell."""
     began = time.perf_counter()
-    AcceleratorState._reset_state()  # a sweep may change the precision from run to run
-    accelerator = Accelerator(mixed_precision=config.train.precision)
     task = get_task(config.task.kind)(config.task)
     task.load()
     loaded = models.load(config.model, task)
@@ -106,7 +115,7 @@ def _train(config: RunConfig, id: str, task: Task, adapted: Adapted, accelerator
     made["cost"] = adapted.cost() | {
         "train_seconds": seconds,
         "steps_per_second": progress.step / seconds if seconds else None,
-        "checkpoint_bytes": _keep(config, id, adapted),
+        "checkpoint_bytes": _keep(config, id, adapted) if accelerator.is_main_process else None,
     }
     made |= {"adapted": adapted.adapter.describe(), "targets": adapted.targets}
     optimizer = trainer.lifecycle.optimizer

@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from .site import Base
 
@@ -65,12 +66,18 @@ class Delta(nn.Module):
         """Make the module compute, without the delta, what it computes with it."""
         base.write(self.weight(base), self.bias(base))
 
+    @torch.no_grad()
     def error(self, base: Base) -> float:
-        """What write() loses by the cast to the base's dtype, as a share of the update: |W' - W| / |W - W0|."""
-        with torch.no_grad():
-            w = self.weight(base)
-            change = (w - base.weight).double().norm()
-            return float((w.to(base.weight.dtype).double() - w.double()).norm() / change) if change > 0 else 0.0
+        """What write() loses by the cast to the base's dtype, as a share of the update: |W' - W| / |W - W0|, or that of
+        the bias where it is more."""
+        w, b = self.weight(base), self.bias(base)
+        bias = 0.0 if b is None else _lost(b, base.weight.new_zeros(b.shape) if base.bias is None else base.bias)
+        return max(bias, _lost(w, base.weight))
+
+
+def _lost(new: Tensor, old: Tensor) -> float:
+    change = (new.double() - old.double()).norm()
+    return float((new.to(old.dtype).double() - new.double()).norm() / change) if change > 0 else 0.0
 
 
 class Wrapper(Delta):
@@ -95,7 +102,8 @@ class Wrapper(Delta):
 
 
 class Copy(Delta):
-    """A module trained whole, as a copy: a task head, or what full fine-tuning trains beside the linear layers.
+    """A module trained whole, as a copy in float32 or wider: a task head, or what full fine-tuning trains beside the
+    linear layers. In and out it has the base's own dtype.
 
     memo is deepcopy's: copies made with one memo keep the ties between their modules."""
 
@@ -104,13 +112,24 @@ class Copy(Delta):
     def __init__(self, module: nn.Module, memo: dict | None = None):
         super().__init__()
         self.module = copy.deepcopy(module, memo).requires_grad_(True)
+        self.module._apply(lambda t: t.to(torch.promote_types(t.dtype, torch.float32)) if t.is_floating_point() else t)
 
     def forward(self, *args: Any, base: Base, **kwargs: Any) -> Any:  # type: ignore[override]
-        return self.module(*args, **kwargs)
+        own, theirs = next(self.parameters()).dtype, next(base.module.parameters()).dtype
+        if own == theirs:
+            return self.module(*args, **kwargs)
+        args, kwargs = tree_map(lambda t: _cast(t, theirs, own), (args, kwargs))
+        return tree_map(lambda t: _cast(t, own, theirs), self.module(*args, **kwargs))
 
     @torch.no_grad()
     def write(self, base: Base) -> None:
         base.module.load_state_dict(self.module.state_dict())
 
+    @torch.no_grad()
     def error(self, base: Base) -> float:
-        return 0.0  # the copy has the base's own dtype
+        theirs = base.module.state_dict()
+        return max((_lost(t, theirs[n]) for n, t in self.module.state_dict().items() if t.is_floating_point()), default=0.0)
+
+
+def _cast(t: Any, old: torch.dtype, new: torch.dtype) -> Any:
+    return t.to(new) if isinstance(t, Tensor) and t.dtype == old else t

@@ -1,0 +1,124 @@
+"""Killed and started again, a run ends with the same bits; a torn checkpoint is named and passed over."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from runs import TINY, command, environment, lorafactory, trainer
+
+from lorafactory import checkpoint, record
+
+RUN = ["run", *TINY, "train.steps=30", "train.checkpoint_every=3", "train.batch_size=16", "train.micro_batch_size=6"]
+
+
+def only_record(results: Path) -> Path:
+    (path,) = [p for p in results.glob("*/adhoc/**/*.json") if "checkpoints" not in p.parts]
+    return path
+
+
+def numbers(results: Path) -> dict:
+    """What of a record must be the same bits: everything that is not a time or a place."""
+    path = only_record(results)
+    made = record.read(path)
+    raw = record.read_predictions(path)
+    return {k: made[k] for k in ("id", "status", "metrics", "curve", "evaluations", "adapted", "optimizer")} | {"raw": raw}
+
+
+@pytest.mark.parametrize(
+    "variant", ["variant=dora+pissa+lora_plus", pytest.param("variant=lora", marks=pytest.mark.slow), "variant=full"]
+)
+def test_killed_and_started_again_it_ends_with_the_same_bits(tmp_path, variant):
+    options = [*RUN, variant, "train.eval_every=4", "train.keep=best"]
+    if "full" not in variant:
+        options.append("variant.dropout=0.2")
+    undisturbed, killed = tmp_path / "a", tmp_path / "b"
+    assert lorafactory(*options, f"results.folder={undisturbed}").returncode == 0
+    child = subprocess.Popen(command(*options, f"results.folder={killed}"), env=environment(), stdout=subprocess.DEVNULL)
+    while child.poll() is None and not list(killed.glob("scratch/checkpoints/*/step-*")):
+        time.sleep(0.005)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert child.returncode == -signal.SIGKILL, "it ended before it could be killed"
+    again = lorafactory(*options, f"results.folder={killed}")
+    assert again.returncode == 0, again.stderr
+    assert numbers(undisturbed) == numbers(killed)
+    assert not list(killed.glob("scratch/checkpoints/*/*"))
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path):
+    options = [*RUN, "train.steps=5000", "train.checkpoint_every=0", f"results.folder={tmp_path}"]
+    child = subprocess.Popen(command(*options, "train.eval_every=1"), env=environment(), stderr=subprocess.PIPE, text=True)
+    time.sleep(9)
+    child.send_signal(signal.SIGINT)
+    _, said = child.communicate(timeout=60)
+    assert child.returncode == 130, said
+    assert "Traceback" not in said
+    assert "goes on from" in said
+    (folder,) = tmp_path.glob("scratch/checkpoints/*/step-*")
+    assert checkpoint.read_json(folder / "state.json")["step"] > 0
+
+
+def interrupted(folder: Path, steps: int = 6):
+    """A trainer that checkpointed every other step and was dropped before its end."""
+    t = trainer(folder, "train.checkpoint_every=2", "train.steps=12")
+    t.adapted.train()
+    for step in range(steps):
+        t.progress.step = step + 1
+        t._step(step)
+        if t.progress.step % 2 == 0:
+            t.checkpoints.save(t.progress, t.lifecycle.optimizer)
+    return t
+
+
+@pytest.mark.parametrize("damage", ["empty", "half", "gone", "json", "other"])
+def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(tmp_path, damage, caplog):
+    """B28"""
+    interrupted(tmp_path)
+    newest = sorted(tmp_path.glob("step-*"))[-1]
+    tensors = newest / "adapter.safetensors"
+    if damage == "empty":
+        tensors.write_bytes(b"")
+    elif damage == "half":
+        tensors.write_bytes(tensors.read_bytes()[: tensors.stat().st_size // 2])
+    elif damage == "gone":
+        (newest / "optimizer.safetensors").unlink()
+    elif damage == "json":
+        (newest / "state.json").write_text('{"step": 6')
+    else:
+        about = checkpoint.read_tensors(tensors)
+        about.popitem()
+        checkpoint.save_file(about, tensors)
+    t = trainer(tmp_path, "train.checkpoint_every=2", "train.steps=12")
+    assert t.progress.step == 4
+    assert newest.name in caplog.text
+
+
+def test_going_on_in_the_same_process_is_bit_equal(tmp_path):
+    straight = trainer(tmp_path / "a", "train.steps=12")
+    straight.train()
+    interrupted(tmp_path / "b")
+    resumed = trainer(tmp_path / "b", "train.checkpoint_every=2", "train.steps=12")
+    assert resumed.progress.step == 6
+    resumed.train()
+    a, b = straight.adapted.adapter.state_dict(), resumed.adapted.adapter.state_dict()
+    assert a.keys() == b.keys()
+    assert all(torch.equal(t, b[n]) for n, t in a.items())
+
+
+def test_old_checkpoints_go_and_two_stay(tmp_path):
+    interrupted(tmp_path, 12)
+    assert [p.name for p in sorted(tmp_path.glob("step-*"))] == ["step-000010", "step-000012"]
+
+
+def test_a_checkpoint_is_json_and_safetensors_only(tmp_path):
+    t = interrupted(tmp_path)
+    folder = sorted(tmp_path.glob("step-*"))[-1]
+    assert {p.suffix for p in folder.iterdir()} == {".json", ".safetensors"}
+    state = json.loads((folder / "state.json").read_text())
+    assert state["step"] == 6
+    assert os.stat(folder / "optimizer.safetensors").st_size > sum(p.numel() for p in t.adapted.adapter.parameters()) * 4
