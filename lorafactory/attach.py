@@ -243,7 +243,7 @@ def _named(model: nn.Module, entry: str) -> list[tuple[str, nn.Module]]:
 
 def attach(
     model: nn.Module,
-    variant: Any = "lora",
+    variant: Any,
     *,
     batches: Iterable | Callable | None = None,
     loss: Callable | None = None,

@@ -23,7 +23,6 @@ def variants(arguments: list[str]) -> int:
     parser = _Parser(prog="lorafactory variants", description="every registered name: axis, paper, one line")
     parser.add_argument("--json", action="store_true")
     chosen = parser.parse_args(arguments)
-    registry.discover()
     rows = [_about(registry.get(n)) for a in registry.AXES for n in registry.names(a)]
     if chosen.json:
         print(json.dumps(rows, indent=1))
@@ -44,7 +43,6 @@ def show(arguments: list[str]) -> int:
     parser.add_argument("name", help="a name or a composite, e.g. dora+pissa")
     parser.add_argument("--model", default="minilm", help="preset of configs/model on which to count (default: minilm)")
     chosen = parser.parse_args(arguments)
-    registry.discover()
     config = registry.config(chosen.name)
     named = {n.strip() for n in chosen.name.split("+")}
     for cls in registry.chosen(config):
@@ -52,11 +50,11 @@ def show(arguments: list[str]) -> int:
             continue
         print(f"{cls.name}  ({'+'.join((cls.axis, *cls.also))}; {cls.paper})\n")
         print(_indent(inspect.getdoc(cls) or ""))
-        print("\n  options:")
         prefix = "variant" if cls.axis == "structure" else f"variant.{cls.axis}"
-        for f in fields(cls.Config):
-            if f.name not in (*registry.PARTS, "name"):
-                print(f"    {prefix}.{f.name}={getattr(cls.Config(), f.name)}")
+        options = [f.name for f in fields(cls.Config) if f.name not in (*registry.PARTS, "name")]
+        print("\n  options:" if options else "\n  no options")
+        for name in options:
+            print(f"    {prefix}.{name}={getattr(cls.Config(), name)}")
         for word, said in (("needs", cls.needs), ("gives", getattr(cls, "gives", ())), ("does", cls.does), ("minds", cls.minds)):
             if said:
                 print(f"  {word}: {', '.join(sorted(said))}")
@@ -103,8 +101,9 @@ def base_model(name: str) -> Any:
     from .tasks import get_task
 
     preset = paths.configs() / "model" / f"{name}.yaml"
-    options = OmegaConf.to_container(OmegaConf.load(preset)) if preset.exists() else {"name": "given", "source": name}
-    config = registry.fill(ModelConfig, {str(k): v for k, v in dict(options).items() if k != "defaults"}, f"model {name!r}")  # type: ignore[call-overload]
+    options: Any = OmegaConf.to_container(OmegaConf.load(preset)) if preset.exists() else {"name": "given", "source": name}
+    options.pop("defaults", None)
+    config = registry.fill(ModelConfig, options, f"model {name!r}")
     cls = get_task("toy")
     task = cls(cls.Config(kind="toy", name="toy"))
     task.load()

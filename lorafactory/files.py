@@ -75,7 +75,7 @@ def _acquire(place: Path, wait: bool) -> int:
                     log.warning("%s is being made by %s: waiting for it", place.name[1:-5], holder)
                     told = True
                 fcntl.flock(handle, fcntl.LOCK_EX)
-            if place.exists() and os.fstat(handle).st_ino == place.stat().st_ino:
+            if os.fstat(handle).st_nlink:  # else its last holder has removed this file: another one counts now
                 os.ftruncate(handle, 0)
                 os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
                 return handle

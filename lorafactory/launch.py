@@ -43,7 +43,6 @@ def run(arguments: list[str]) -> int:
 
 
 def _hydra(arguments: list[str]) -> None:
-    registry.discover()
     configs.publish()
     before, sys.argv = sys.argv, ["lorafactory", *arguments]
     full_error, os.environ["HYDRA_FULL_ERROR"] = os.environ.get("HYDRA_FULL_ERROR"), "1"  # errors come to us, unprinted
@@ -155,13 +154,12 @@ def _complete(line: str) -> int:
     words = line.split()
     typed = "" if line.endswith(" ") or len(words) < 2 else words[-1]
     if len(words) - bool(typed) < 2:
-        names = ("run", "variants", "show", "targets", "table", "completion")
+        names: tuple[str, ...] = ("run", "variants", "show", "targets", "table", "completion")
     elif words[1] == "run":
         os.environ["COMP_LINE"] = "lorafactory " + line.partition("run")[2].lstrip()
         _hydra(["--shell-completion", "query=bash"])
         return 0
     elif words[1] == "show":
-        registry.discover()
         names = tuple(registry.names())
     else:
         names = ()

@@ -22,7 +22,6 @@ from .errors import UserError
 AXES = ("structure", "decomposition", "budget", "init", "routing", "dynamics")  # also the order in which hooks run
 PARTS = AXES[1:]
 WRAPPING = ("decomposition", "routing")  # parts whose build() wraps deltas: they define the function too
-DEFAULT_STRUCTURE = "lora"  # what a part named alone stands on, unless it says otherwise (Part.over)
 _classes: dict[str, type] = {}
 
 
@@ -153,9 +152,15 @@ def parse(spelling: str) -> list[Any]:
             both = f"{taken[c.axis].name!r} and {c.name!r} both choose the {c.axis}"
             raise UserError(f"{both}; a composite has at most one an axis: drop one of them")
         taken[c.axis] = c
-    over = next((c.over for c in classes if c.over != DEFAULT_STRUCTURE), DEFAULT_STRUCTURE)
-    taken.setdefault("structure", get(over))
+    taken.setdefault("structure", _standing(classes))
     return [taken[a] for a in AXES if a in taken]
+
+
+def _standing(parts: list[Any]) -> Any:
+    """The structure of parts that are named without one: what one of them stands on, or the default one."""
+    over = next((c.over for c in parts if c.over), None)
+    found = [c for c in _classes.values() if c.axis == "structure" and c.default]  # type: ignore[attr-defined]
+    return get(over) if over else found[0]
 
 
 def config(spelling: str, **options: Any) -> Any:

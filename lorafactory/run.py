@@ -39,7 +39,7 @@ class Outcome:
 def run(config: RunConfig, command: str = "") -> Outcome:
     """Make the record of a config, or find it. Raises UserError for what cannot be run."""
     settings = asdict(config)
-    names = {
+    names: dict[str, Any] = {
         "experiment": config.results.experiment,
         "variant": registry.spell(config.variant),
         "task": config.task.name,
@@ -56,7 +56,7 @@ def run(config: RunConfig, command: str = "") -> Outcome:
             (path,) = broadcast_object_list([path])
         if path is not None:
             return Outcome("found", path, record.read(path))
-        made = {"schema": record.SCHEMA, **names, "config": settings, "command": command}
+        made: dict[str, Any] = {"schema": record.SCHEMA, **names, "config": settings, "command": command}
         made |= _make(config, names["id"], accelerator)
         made["environment"] = record.environment() | {"processes": accelerator.num_processes}
         path = record.path_of(results, **names, scratch=record.is_scratch(made))
@@ -91,10 +91,10 @@ def _make(config: RunConfig, id: str, accelerator: Accelerator) -> dict[str, Any
 
 
 def _train(config: RunConfig, id: str, task: Task, adapted: Adapted, accelerator: Accelerator) -> dict[str, Any]:
-    folder = Path(config.results.folder) / "scratch" / "checkpoints" / id
-    trainer = Trainer(adapted, task, config.train, mix(config.seed, 3), accelerator, folder)
+    scratch = Path(config.results.folder) / "scratch"
+    trainer = Trainer(adapted, task, config.train, mix(config.seed, 3), accelerator, scratch / "checkpoints" / id)
     bar = Bar(trainer.plan.total, f"{adapted.variant} {config.task.name} seed {config.seed}", trainer.progress.step)
-    wandb = Wandb(config.wandb.mode, config.wandb.project, f"{adapted.variant}-{id}", asdict(config))
+    wandb = Wandb(config.wandb.mode, config.wandb.project, f"{adapted.variant}-{id}", asdict(config), scratch)
 
     def watch(row: dict[str, Any]) -> None:
         bar.step(row)

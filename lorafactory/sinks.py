@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -27,14 +28,15 @@ class Progress:
 class Wandb:
     """Sends rows and the final record; does nothing where it is disabled."""
 
-    def __init__(self, mode: str, project: str, name: str, config: dict[str, Any]):
+    def __init__(self, mode: str, project: str, name: str, config: dict[str, Any], folder: Path):
         self.run = None
         if mode == "disabled":
             return
         try:
             import wandb
 
-            self.run = wandb.init(mode=mode, project=project, name=name, config=config)  # type: ignore[arg-type]
+            folder.mkdir(parents=True, exist_ok=True)
+            self.run = wandb.init(mode=mode, project=project, name=name, config=config, dir=folder)  # type: ignore[arg-type]
         except (ImportError, OSError) as e:
             raise UserError(f"wandb.mode={mode} failed ({e}): install and log in, or wandb.mode=disabled") from None
 

@@ -190,7 +190,7 @@ def checkpointing(adapted: Adapted, on: bool) -> Iterator[None]:
     if not on:
         yield
         return
-    model = adapted.model
+    model: Any = adapted.model
     if not getattr(model, "supports_gradient_checkpointing", False):
         raise UserError(f"{type(model).__name__} has no gradient checkpointing: train.gradient_checkpointing=false")
     cache = getattr(model.config, "use_cache", None)

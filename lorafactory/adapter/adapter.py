@@ -23,6 +23,9 @@ class Adapter(nn.Module):
     """One concrete class, never subclassed. structure, deltas and trained define the function; parts hold what only
     training needs. parameters() is what trains, state_dict() is the checkpoint."""
 
+    config: Any
+    sites: list[Site]
+
     def __init__(self, config: Any, sites: list[Site], heads: dict[str, nn.Module] | None = None):
         super().__init__()
         self.loaded = False  # its numbers come from a checkpoint: data-driven starts are over

@@ -63,7 +63,7 @@ class Part(nn.Module):
     needs: ClassVar[frozenset[str]] = frozenset()  # words that the structure must give
     does: ClassVar[frozenset[str]] = frozenset()  # facts that another part may mind
     minds: ClassVar[frozenset[str]] = frozenset()
-    over: ClassVar[str] = "lora"  # the structure when none is named; another one than the default wins
+    over: ClassVar[str] = ""  # the structure when none is named; empty: the default one
     data: ClassVar[bool] = False  # begin() reads stage.batches
 
     def __init__(self, config: Any, adapter: Adapter):
@@ -132,6 +132,7 @@ class Structure(Part):
 
     axis = "structure"
     gives: ClassVar[frozenset[str]] = frozenset()
+    default: ClassVar[bool] = False  # what parts stand on when no structure is named
     zero_start: ClassVar[bool] = True  # attaching leaves the output as it is
     fits = staticmethod(is_linear)  # which modules can be sites
 

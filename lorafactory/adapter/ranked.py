@@ -42,6 +42,8 @@ class Ranked(Structure):
     """A structure whose sites hold LowRank pairs."""
 
     Config = RankedConfig
+    ranks: dict[str, int]
+    alphas: dict[str, float]
 
     def __init__(self, config: Any, adapter: Adapter):
         super().__init__(config, adapter)

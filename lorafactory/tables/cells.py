@@ -85,8 +85,8 @@ def cell(runs: list[Run], column: TaskColumn, spec: Spec, expected: int) -> Cell
         seeds = points.setdefault(run.point(spec.select.over), {})
         seed = run.record["seed"]
         if seed in seeds:
-            raise UserError(f"{seeds[seed].where} and {run.where} are two runs of one cell and seed; tell them apart by "
-                            "`where`, `split` or `select.over`")  # fmt: skip
+            both = f"{seeds[seed].where} and {run.where} are two runs of one cell and seed"
+            raise UserError(f"{both}; tell them apart by `where`, `split` or `select.over`")
         seeds[seed] = run
     states = {run.where: state(run, spec.select, column.metric) for run in runs}
     made = Cell(expected=expected, tried=len(points))

@@ -31,7 +31,7 @@ FACETS: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 
 def check(spec: Spec, runs: list[Run]) -> list[str]:
-    """Raises UserError if the runs must not stand in one table; returns a line for each mixture that the spec allows."""
+    """Raises UserError if the runs must not stand in one table; returns a line a mixture that the spec allows."""
     known = {key for run in runs for key in run.settings}
     _spelled(spec, known)
     done = [run for run in runs if run.record["status"] == "ok"]

@@ -15,18 +15,32 @@ COVERED, CROSSED = 60.0, 40.0  # what an overlap and a crossing cost, in pixels 
 
 def place(points: Sequence[Point], sizes: Sequence[Point], obstacles: Sequence[Box], frame: Box) -> list[Box]:
     """A box for each name (width, height), near its point and clear of the others, of the obstacles and of the lines
-    that lead to the names; inside the frame. Names are placed one by one, then each again given the others until
-    nothing moves."""
+    that lead to the names; inside the frame. The first obstacles are the points' markers, in order. Names are placed
+    one by one, then each again given the others until nothing moves."""
     boxes: list[Box | None] = [None] * len(points)
     order = sorted(range(len(points)), key=lambda i: (-points[i][1], points[i][0]))
     for _ in range(PASSES):
         before = list(boxes)
         for i in order:
             others = [(points[j], box) for j, box in enumerate(boxes) if j != i and box is not None]
-            boxes[i] = min(_around(points[i], sizes[i]), key=lambda box: _cost(points[i], box, others, obstacles, frame))
+            markers = [box for j, box in enumerate(obstacles[: len(points)]) if j != i]
+            boxes[i] = _cheapest(points[i], sizes[i], others, markers, obstacles, frame)
         if boxes == before:
             break
     return [box for box in boxes if box is not None]
+
+
+def _cheapest(point: Point, size: Point, others: list[tuple[Point, Box]], markers: Sequence[Box],
+              obstacles: Sequence[Box], frame: Box) -> Box:  # fmt: skip
+    best, least = None, math.inf
+    for box in sorted(_around(point, size), key=lambda box: math.dist(point, nearest(point, box))):
+        if math.dist(point, nearest(point, box)) >= least:
+            break  # the rest is farther away, and nothing costs less than its distance
+        cost = _cost(point, box, others, markers, obstacles, frame)
+        if cost < least:
+            best, least = box, cost
+    assert best is not None
+    return best
 
 
 def nearest(point: Point, box: Box) -> Point:
@@ -45,16 +59,17 @@ def _around(point: Point, size: Point) -> list[Box]:
     return boxes
 
 
-def _cost(point: Point, box: Box, others: list[tuple[Point, Box]], obstacles: Sequence[Box], frame: Box) -> float:
+def _cost(point: Point, box: Box, others: list[tuple[Point, Box]], markers: Sequence[Box], obstacles: Sequence[Box],
+          frame: Box) -> float:  # fmt: skip
     end = nearest(point, box)
     cost = math.dist(point, end)
     if box[0] < frame[0] or box[1] < frame[1] or box[2] > frame[2] or box[3] > frame[3]:
         return 1e6 + cost
-    for obstacle in obstacles:
-        cost += COVERED * _covers(box, obstacle, 1)
+    cost += COVERED * sum(_covers(box, obstacle, 1) for obstacle in obstacles)
+    cost += CROSSED / 2 * sum(_through(point, end, marker) for marker in markers)
     for origin, other in others:
-        cost += 4 * COVERED * _covers(box, other, 2)
         tip = nearest(origin, other)
+        cost += 4 * COVERED * _covers(box, other, 2)
         cost += CROSSED * (_crosses(point, end, origin, tip) + _through(origin, tip, box) + _through(point, end, other))
     return cost
 

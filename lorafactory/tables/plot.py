@@ -6,6 +6,7 @@ import io
 import math
 from typing import TYPE_CHECKING, Any
 
+from .axes import cost_axis, score_axis
 from .labels import nearest, place
 from .render import cost, cost_label
 
@@ -13,12 +14,13 @@ if TYPE_CHECKING:
     from .build import Table
     from .cells import Cell
 
-SHAPES = "osD^vPX<>phd*H8"
-FILLS = ("black", "white", "0.65")  # shape and fill together tell 45 rows apart
-PANEL = (6.0, 4.4)  # inches
+SHAPES = "os^DvP<X>d*ph"
+FILLS = ("black", "white", "0.7")  # 13 shapes and 3 fills in turn: 39 rows look different
+PANEL = (6.4, 4.8)  # inches
 DPI = 200
-DODGE = 22.0  # pixels at most that points of equal cost are set apart, all together
-STYLE = {"font.family": "DejaVu Sans", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+UNIT = DPI / 100  # the layout counts in hundredths of an inch
+AWAY = 11.0  # from here on a name needs a line to its point
+STYLE: dict[Any, Any] = {"font.family": "DejaVu Sans", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
          "pdf.fonttype": 42, "axes.linewidth": 0.8}  # fmt: skip
 
 
@@ -34,7 +36,9 @@ def draw(table: Table) -> dict[str, bytes]:
         panels.append(("mean over tasks", {k: _with_cost(c, table, k) for k, c in means.items()}))
     columns = min(len(panels), 2)
     lines = math.ceil(len(panels) / columns)
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}):
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # whatever the user prefers
+        matplotlib.rcParams.update(STYLE)
         figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * lines), dpi=DPI, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots(lines, columns, squeeze=False).ravel()
@@ -47,7 +51,7 @@ def draw(table: Table) -> dict[str, bytes]:
         figure.draw_without_rendering()  # the layout must stand before pixels are counted
         figure.set_layout_engine("none")
         for ax, points in named:
-            _name(ax, points)
+            _name(ax, points, looks)
         made = {}
         for suffix, metadata in ((".png", {"Software": None}), (".pdf", {"CreationDate": None, "Creator": None,
                                                                          "Producer": None})):  # fmt: skip
@@ -66,12 +70,13 @@ def _with_cost(mean: Cell, table: Table, label: str) -> Cell:
 
 
 def _looks(labels: list[str]) -> dict[str, dict[str, Any]]:
-    return {label: {"marker": SHAPES[i % len(SHAPES)], "markerfacecolor": FILLS[i // len(SHAPES) % len(FILLS)]}
+    common = {"linestyle": "none", "color": "black", "markersize": 5.5, "markeredgewidth": 0.9, "zorder": 3}
+    return {label: {**common, "marker": SHAPES[i % len(SHAPES)], "markerfacecolor": FILLS[i % len(FILLS)]}
             for i, label in enumerate(labels)}  # fmt: skip
 
 
 def _panel(ax: Any, title: str, cells: dict[str, Cell], looks: dict[str, Any], table: Table) -> list[tuple[str, Any]]:
-    """Draws markers and bars; returns (name, (x, y, spread)) of each."""
+    """Draws axes, markers and bars; returns (name, (x, y, spread)) of each."""
     spec = table.spec
     points = {}
     for label, cell in cells.items():
@@ -81,92 +86,61 @@ def _panel(ax: Any, title: str, cells: dict[str, Cell], looks: dict[str, Any], t
             points[label] = (x, cell.mean * spec.scale, (cell.spread or 0.0) * spec.scale)
     absent = [label for label in cells if label not in points]
     ax.set_title(title + (f"   (no score: {', '.join(absent)})" if absent else ""), fontsize=9.5, loc="left", wrap=True)
-    ax.set_xlabel(cost_label(spec.plot))
-    ax.set_ylabel("score on test" + (f" × {spec.scale:g}" if spec.scale != 1 else ""))
+    paid_for = "trainable parameters of the adapter" if spec.plot == "adapter_parameters" else cost_label(spec.plot)
+    ax.set_xlabel(paid_for)
+    ax.set_ylabel("score on test" + (f" × {spec.scale:g}" if spec.scale != 1 else "") + "  (bar: ± sd over seeds)")
     ax.grid(axis="y", color="0.9", linewidth=0.6)
     ax.set_axisbelow(True)
     if not points:
         return []
-    left = _scale(ax, [x for x, _, _ in points.values()], spec.plot)
-    low, high = min(y - s for _, y, s in points.values()), max(y + s for _, y, s in points.values())
-    pad = 0.1 * (high - low) or 1.0
-    ax.set_ylim(low - pad, high + pad)
-    placed = []
-    for label, x in _apart(ax, {k: (x or left, y) for k, (x, y, _) in points.items()}).items():
+    left = cost_axis(ax, [x for x, _, _ in points.values()], lambda x: cost(spec.plot, x))
+    score_axis(ax, [(y - spread, y + spread) for _, y, spread in points.values()])
+    placed, true = [], {k: (x or left, y) for k, (x, y, _) in points.items()}
+    apart = _apart(ax, true)
+    if any(not math.isclose(x, true[label][0], rel_tol=1e-6) for label, x in apart.items()):
+        ax.set_xlabel(f"{paid_for}  (points that would cover one another are set a little apart)")
+    for label, x in apart.items():
         _, y, spread = points[label]
-        ax.errorbar(x, y, spread or None, color="0.45", elinewidth=0.8, capsize=2, zorder=2)
-        ax.plot(x, y, linestyle="none", color="black", markersize=6, markeredgewidth=0.9, zorder=3, **looks[label])
+        ax.errorbar(x, y, spread or None, color="0.5", elinewidth=0.8, capsize=2, zorder=2)
+        ax.plot(x, y, **looks[label])
         placed.append((label, (x, y, spread)))
     return placed
 
 
-def _scale(ax: Any, xs: list[float], name: str) -> float:
-    """A log axis; rows without any cost stand left of a break, at the x that is returned."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
-
-    positive = [x for x in xs if x > 0] or [1.0]
-    low, high = math.log10(min(positive)), math.log10(max(positive))
-    width = max(high - low, 0.6)
-    zero = 10 ** (low - 0.25 * width)
-    start = low - (0.37 if 0 in xs else 0.12) * width
-    ax.set_xscale("log")
-    ax.set_xlim(10**start, 10 ** (high + 0.14 * width))
-    powers = [10.0**k for k in range(math.ceil(low - 0.1 * width), math.floor(high + 0.14 * width) + 1)]
-    if len(powers) < 2:
-        powers = sorted({m * 10.0**k for k in range(math.floor(low) - 1, math.ceil(high) + 1) for m in (1, 2, 5)})
-        powers = [p for p in powers if low - 0.1 * width <= math.log10(p) <= high + 0.14 * width]
-    ticks = ([zero] if 0 in xs else []) + powers
-    ax.xaxis.set_major_locator(FixedLocator(ticks))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: "0" if x == zero and 0 in xs else cost(name, x)))
-    ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.xaxis.set_minor_locator(FixedLocator([]))
-    if 0 in xs:
-        at = (0.37 - 0.19) / (0.37 + 1.14 * 1.0) if high > low else 0.15
-        ax.plot([at - 0.008, at + 0.008], [0, 0], transform=ax.transAxes, color="white", linewidth=3, clip_on=False,
-                zorder=5)  # fmt: skip
-        for shift in (-0.008, 0.008):
-            ax.plot([at + shift - 0.005, at + shift + 0.005], [-0.018, 0.018], transform=ax.transAxes, color="black",
-                    linewidth=0.8, clip_on=False, zorder=6)  # fmt: skip
-    return zero
-
-
 def _apart(ax: Any, points: dict[str, tuple[float, float]]) -> dict[str, float]:
-    """x of each point, those that would stand on one another set slightly apart, in the order of their scores."""
-    pixels = {label: ax.transData.transform(xy) for label, xy in points.items()}
-    moved: dict[str, float] = {}
-    waiting = sorted(points, key=lambda label: (pixels[label][0], label))
-    while waiting:
-        first = waiting[0]
-        group = [label for label in waiting if pixels[label][0] - pixels[first][0] < 6 * DPI / 100]
-        waiting = waiting[len(group) :]
-        group.sort(key=lambda label: (pixels[label][1], label))
-        step = min(8.0, DODGE / max(1, len(group) - 1)) * DPI / 100
-        for i, label in enumerate(group):
-            x = pixels[label][0] + (i - (len(group) - 1) / 2) * step
-            moved[label] = ax.transData.inverted().transform((x, pixels[label][1]))[0]
-    return {label: moved[label] for label in points}
+    """x of each point; of points that would cover one another, every second and third moves by a marker's width."""
+    pixels = {label: ax.transData.transform(xy) / UNIT for label, xy in points.items()}
+    columns = (0.0, 7.0, -7.0)
+    moved: dict[str, tuple[float, float]] = {}
+    for label, (x, y) in sorted(pixels.items(), key=lambda item: (item[1][1], item[0])):
+        near = [at for at in moved.values() if abs(at[1] - y) < 8]
+        free = [x + c for c in columns if all(abs(at[0] - x - c) >= 7 for at in near)]
+        moved[label] = (free[0] if free else x + columns[len(near) % 3], y)
+    return {label: ax.transData.inverted().transform((moved[label][0] * UNIT, moved[label][1] * UNIT))[0]
+            for label in points}  # fmt: skip
 
 
-def _name(ax: Any, points: list[tuple[str, Any]]) -> None:
-    """A name beside each marker, with a line to it where it had to move away."""
-    unit = DPI / 100
-    texts = [ax.text(0, 0, label, fontsize=8, transform=None, zorder=4) for label, _ in points]
-    sizes = [(box.width / unit, box.height / unit) for box in (text.get_window_extent() for text in texts)]
-    at = [tuple(ax.transData.transform((x, y)) / unit) for _, (x, y, _) in points]
-    obstacles = [(x - 5, y - 5, x + 5, y + 5) for x, y in at]
+def _name(ax: Any, points: list[tuple[str, Any]], looks: dict[str, Any]) -> None:
+    """A name beside each marker; where it had to move away, a line leads to it and the marker stands before it, too."""
+    texts = [ax.text(0, 0, label, fontsize=8, transform=None, zorder=4, va="bottom") for label, _ in points]
+    boxes = [text.get_window_extent() for text in texts]
+    sizes = [(box.width / UNIT + 9, box.height / UNIT) for box in boxes]
+    at = [tuple(ax.transData.transform((x, y)) / UNIT) for _, (x, y, _) in points]
+    obstacles = [(x - 4, y - 4, x + 4, y + 4) for x, y in at]
     for _, (x, y, spread) in points:
-        (left, bottom), (_, top) = ax.transData.transform([(x, y - spread), (x, y + spread)]) / unit
-        obstacles.append((left - 1, bottom, left + 1, top))
+        (middle, bottom), (_, top) = ax.transData.transform([(x, y - spread), (x, y + spread)]) / UNIT
+        obstacles.append((middle - 1, bottom, middle + 1, top))
     frame = ax.get_window_extent()
-    inside = (frame.x0 / unit + 3, frame.y0 / unit + 3, frame.x1 / unit + 6, frame.y1 / unit + 4)
-    back = ax.figure.transFigure.inverted().transform
-    for text, point, box in zip(texts, at, place(at, sizes, obstacles, inside), strict=True):
-        text.set_transform(ax.figure.transFigure)
-        text.set_position(back((box[0] * unit, box[1] * unit)))
-        text.set_verticalalignment("bottom")
+    inside = (frame.x0 / UNIT + 3, frame.y0 / UNIT + 3, frame.x1 / UNIT + 6, frame.y1 / UNIT + 4)
+    back = ax.figure.transFigure.inverted()
+    free = {"transform": ax.figure.transFigure, "clip_on": False}
+    for (label, _), text, point, box in zip(points, texts, at, place(at, sizes, obstacles, inside), strict=True):
         end = nearest(point, box)
-        if math.dist(point, end) > 11:
-            start = back((point[0] * unit, point[1] * unit))
-            tip = back((end[0] * unit, end[1] * unit))
-            ax.plot([start[0], tip[0]], [start[1], tip[1]], transform=ax.figure.transFigure, color="0.55",
-                    linewidth=0.6, zorder=1.5, clip_on=False)  # fmt: skip
+        away = math.dist(point, end) > AWAY
+        text.set_transform(ax.figure.transFigure)
+        text.set_position(back.transform(((box[0] + 9 * away + 4.5 * (not away)) * UNIT, box[1] * UNIT)))
+        if away:
+            (x0, y0), (x1, y1) = back.transform([(point[0] * UNIT, point[1] * UNIT), (end[0] * UNIT, end[1] * UNIT)])
+            ax.plot([x0, x1], [y0, y1], color="0.6", linewidth=0.6, zorder=1.5, **free)
+            x, y = back.transform(((box[0] + 4) * UNIT, (box[1] + box[3]) / 2 * UNIT))
+            ax.plot(x, y, **{**looks[label], "markersize": 4, "zorder": 4}, **free)

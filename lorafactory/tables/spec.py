@@ -67,7 +67,7 @@ def available() -> dict[str, Path]:
 
 
 def load(name: str | Path) -> Spec:
-    """The spec of that name under configs/table, or the file at that path. Raises UserError for anything wrong in it."""
+    """The spec of that name under configs/table, or the file at that path. Raises UserError if it is wrong."""
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
         known = available()
@@ -117,13 +117,21 @@ def _typed(key: str, value: Any, where: str) -> Any:
         return tuple(sorted(_mapping(value, where).items()))
     if value is False and key in ("bold", "plot"):
         return 0.0 if key == "bold" else ""
-    kind = {"mean": bool, "seeds": int, "digits": int, "bold": float, "scale": float}.get(key, str)
-    accepted = (int, float) if kind is float else kind
-    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-        raise UserError(f"{where} is {value!r}; it takes {'a number' if kind in (int, float) else kind.__name__}")
-    if kind in (int, float) and (value < 0 or (key == "bold" and value >= 1) or (key == "scale" and value == 0)):
+    if key in ("seeds", "digits", "bold", "scale"):
+        return _number(key, value, where)
+    kind = bool if key == "mean" else str
+    if not isinstance(value, kind):
+        raise UserError(f"{where} is {value!r}; it takes {'true or false' if kind is bool else 'text'}")
+    return value
+
+
+def _number(key: str, value: Any, where: str) -> int | float:
+    whole = key in ("seeds", "digits")
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+        raise UserError(f"{where} is {value!r}; it takes a {'whole ' * whole}number")
+    if value < 0 or (key == "bold" and value >= 1) or (key == "scale" and value == 0):
         raise UserError(f"{where} is {value!r}, which is out of range")
-    return kind(value)
+    return value
 
 
 def _task(item: Any, where: str) -> TaskColumn:

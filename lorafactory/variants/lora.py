@@ -31,6 +31,7 @@ class LoRA(Ranked):
     Fast path: rank (d_in + d_out) products a position; no [d_out, d_in] update is formed."""
 
     paper = "LoRA, arXiv 2106.09685"
+    default = True
     gives = frozenset({"low_rank", "input", "additive", "weight"})
 
     def build(self, site, make):

@@ -1,0 +1,66 @@
+"""Detour: an optimiser that lets some parameters take their step in another space, whichever optimiser steps there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+
+class Detour(torch.optim.Optimizer):
+    """Steps as `inner` does, but for the parameters of own(), which step_own() moves.
+
+    step_own() asks change() what inner makes of a gradient in the other space. inner then sees, in place of the
+    parameter, a zero of that gradient's shape; what it leaves there is its step. So momentum and moments live in the
+    other space, and any optimiser that treats entries alike will do. The decay of a zero is zero: it is step_own's.
+
+    Groups and state are this optimiser's, lent to inner for the length of a call: inner's own are never read."""
+
+    def __init__(self, inner: torch.optim.Optimizer):
+        self.inner = inner
+        super().__init__(inner.param_groups, inner.defaults)
+
+    def own(self) -> set[nn.Parameter]:
+        """The parameters with a gradient that step_own() moves."""
+        raise NotImplementedError
+
+    def step_own(self, groups: dict[nn.Parameter, dict[str, Any]]) -> None:
+        """Move them; groups: the options (lr, weight_decay …) of each."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        own = self.own()
+        groups = {p: g for g in self.param_groups for p in g["params"]}
+        self._run(p for p in groups if p not in own)
+        self.step_own({p: g for p, g in groups.items() if p in own})
+        return loss
+
+    def change(self, gradients: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+        """What inner adds for these gradients: each of its gradient's shape, the learning rate included."""
+        kept = {p: (p.data, p.grad) for p in gradients}
+        try:
+            for p, g in gradients.items():
+                p.grad = None  # torch checks a gradient's shape against the parameter's
+                p.data = torch.zeros_like(g)
+                p.grad = g
+            self._run(gradients)
+            return {p: p.data for p in gradients}
+        finally:
+            for p, (data, grad) in kept.items():
+                p.grad = None
+                p.data = data
+                p.grad = grad
+
+    def _run(self, params: Iterable[nn.Parameter]) -> None:
+        chosen = set(params)
+        self.inner.state = self.state
+        self.inner.param_groups = [{**g, "params": [p for p in g["params"] if p in chosen]} for g in self.param_groups]
+        self.inner.step()

@@ -1,0 +1,29 @@
+"""Linear algebra that several variants share: batched over leading dimensions, in the inputs' own dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Spectrum = tuple[Tensor, Tensor]  # eigenvalues [..., n], ascending, and eigenvectors [..., n, n]
+
+
+def spectrum(gram: Tensor) -> Spectrum:
+    """Of a Gram matrix [..., n, n]; rounding leaves no eigenvalue below zero."""
+    values, vectors = torch.linalg.eigh(gram)
+    return values.clamp_min(0), vectors
+
+
+def inverse(of: Spectrum, damping: float = 0.0, condition: float = 1e6) -> Tensor:
+    """(gram + damping I)^-1, [..., n, n]; a pseudo-inverse: an eigenvalue below 1 / condition of the largest counts as
+    zero, so that zero has the inverse zero."""
+    values, vectors = of[0] + damping, of[1]
+    kept = values > values.amax(-1, keepdim=True) / condition
+    return (vectors * torch.where(kept, 1 / values, 0.0)[..., None, :]) @ vectors.mT
+
+
+def sylvester(p: Spectrum, q: Spectrum, c: Tensor) -> Tensor:
+    """X [..., n, n] with P X + X Q = c, for Gram matrices P and Q given by their spectra; zero where both are zero."""
+    sums = p[0][..., :, None] + q[0][..., None, :]
+    x = p[1].mT @ c @ q[1]
+    return p[1] @ torch.where(sums > 0, x / sums, 0.0) @ q[1].mT

@@ -1,0 +1,87 @@
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+
+from ..adapter import Part
+from ..errors import UserError
+from ..registry import DynamicsConfig, register
+
+SHARE = {"random": 0.999, "magnitude": 0.9, "zero": 1.0, "none": 0.0}  # of the moments' entries that go
+
+
+@register("relora")
+class ReLoRA(Part):
+    """ReLoRA: every T steps W0 <- W0 + s B A, then A, B start afresh; the sum of such updates has a high rank.
+
+    Lialin et al. 2023, algorithm 1. The base stays as it is: the update joins the pair's frozen past. The optimiser's
+    moments are pruned and the learning rate rises from 0 again, both as in the authors' code (it prunes each moment by
+    a mask of its own and keeps Adam's step count). Its ramp aims at the schedule's value at the end of the ramp, ours
+    follows the schedule: train.schedule. With dropout the past is dropped like the pair, not kept like W0.
+    Pre-training with it starts from a warmed-up full-rank checkpoint; fine-tuning has one.
+
+    Cost: a step reads min(rank (restarts + 1), full rank) ranks; `every` beyond the run's steps is plain LoRA, and the
+    counter `restarts` says so."""
+
+    paper = "ReLoRA, arXiv 2307.05695"
+    axis, needs = "dynamics", frozenset({"low_rank"})
+
+    @dataclass
+    class Config(DynamicsConfig):
+        """every: optimiser steps between restarts, or below 1 as a share of the run's (the paper: 2000 to 5000 steps of
+        pre-training); warmup: steps from 0 to the full rate after a restart, or below 1 as a share of `every`; prune:
+        which entries of the moments go, random, magnitude (the smallest), zero (all) or none; pruned: their share
+        (null: 0.999 of random, 0.9 of magnitude)."""
+
+        every: float = 0.25
+        warmup: float = 0.1
+        prune: str = "random"
+        pruned: Optional[float] = None  # noqa: UP045  OmegaConf
+
+        def check(self):
+            if not (0 < self.every < 1 or self.every >= 2):
+                raise UserError(f"every is {self.every}; it must be a share of the run below 1, or 2 steps or more")
+            if self.warmup < 0:
+                raise UserError(f"warmup is {self.warmup}; it must be 0 or more")
+            if self.prune not in SHARE:
+                raise UserError(f"prune is {self.prune!r}; it takes {', '.join(SHARE)}")
+            if self.pruned is not None and self.prune not in ("random", "magnitude"):
+                raise UserError(f"pruned is {self.pruned}, but prune={self.prune} fixes the share: drop one of them")
+            if self.pruned is not None and not 0 <= self.pruned <= 1:
+                raise UserError(f"pruned is {self.pruned}; it is a share, in [0, 1]")
+
+    def attach(self):
+        self.register_buffer("restarts", torch.zeros((), dtype=torch.long))
+
+    def cycle(self, step) -> int:
+        every = self.config.every
+        return max(2, round(every * step.total)) if every < 1 else round(every)
+
+    def rate(self, step):
+        cycle, warmup = self.cycle(step), self.config.warmup
+        number, since = divmod(step.index, cycle)
+        ramp = max(1.0, warmup * cycle) if 0 < warmup < 1 else warmup
+        return min(1.0, since / ramp) if number and ramp else 1.0
+
+    def after_step(self, step):
+        done = step.index + 1
+        if done % self.cycle(step) or done >= step.total:
+            return
+        self.restarts += 1
+        for _, low in self.adapter.low_ranks():
+            low.fold()
+            for p in (low.A, low.B, low.gate):
+                self.prune(step.optimizer.state.get(p, {}))
+
+    def prune(self, state) -> None:
+        """Zeroes a share of every moment of one parameter."""
+        share = SHARE[self.config.prune] if self.config.pruned is None else self.config.pruned
+        for t in (t for t in state.values() if torch.is_tensor(t) and t.dim() > 0):
+            if self.config.prune == "magnitude":
+                gone = t.abs().flatten().argsort()[: round(share * t.numel())]
+                t.view(-1)[gone] = 0
+            else:
+                t.mul_(torch.rand_like(t) >= share)
+
+    def counters(self):
+        return {"restarts": int(self.restarts)}

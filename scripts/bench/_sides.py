@@ -1,0 +1,91 @@
+"""What is compared: the bare model, ours, and the counterpart, each as a function that takes one training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+import lorafactory
+from lorafactory import registry, targets
+
+ROWS, TOKENS, BATCHES, LR = 16, 48, 8, 1e-3
+SIDES = ("bare", "ours", "theirs")
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass
+class Side:
+    """step(batch): forward, backward, optimiser step. trainable: how many numbers, the head's included."""
+
+    step: Callable[[Batch], None]
+    trainable: int
+
+
+def batches(model: Any, count: int = BATCHES) -> list[Batch]:
+    """Full rows of ROWS x TOKENS random tokens with labels, the same at every call."""
+    g, c = torch.Generator().manual_seed(0), model.config
+    made = []
+    for _ in range(count):
+        ids = torch.randint(5, c.vocab_size, (ROWS, TOKENS), generator=g)
+        labels = torch.randint(0, c.num_labels, (ROWS,), generator=g)
+        made.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
+    return made
+
+
+def adamw(groups: Any) -> torch.optim.Optimizer:
+    """The optimiser of every side, as lorafactory/train.py makes it."""
+    return torch.optim.AdamW(groups, lr=LR, weight_decay=0.0)
+
+
+def config_of(spelling: str, rank: int) -> Any:
+    """The variant's config; what has a rank gets this one."""
+    known = registry.parse(spelling)[0].Config.__dataclass_fields__
+    return registry.config(spelling, **({"rank": rank} if "rank" in known else {}))
+
+
+def layers(model: nn.Module, config: Any) -> list[str]:
+    """Dotted names of what the config adapts."""
+    heads = targets.head_modules(model)
+    return [s.name for s in targets.find(model, config.target_modules, heads, registry.chosen(config)[0].fits).sites]
+
+
+def bare(model: nn.Module) -> Side:
+    """The model as it is, training its head alone."""
+    model.requires_grad_(False)
+    for head in targets.head_modules(model):
+        model.get_submodule(head).requires_grad_(True)
+    return plain(model)
+
+
+def plain(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, after: Callable[[], None] | None = None) -> Side:
+    """Whatever of the model requires gradients, in a plain loop; after(): what the loop must call after each step."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    chosen = optimizer or adamw(params)
+    model.train()
+
+    def step(batch: Batch) -> None:
+        model(**batch).loss.backward()
+        chosen.step()
+        if after is not None:
+            after()
+        chosen.zero_grad()
+
+    return Side(step, sum(p.numel() for p in params))
+
+
+def ours(model: nn.Module, config: Any, total: int) -> Side:
+    """lorafactory's variant in the same plain loop. total: optimiser steps that will be taken."""
+    adapted = lorafactory.attach(model, config, batches=batches(model), seed=0).train()
+    optimizer = adapted.optimizer(adamw, total)
+
+    def step(batch: Batch) -> None:
+        adapted.adapter.before_forward(batch)
+        (adapted(**batch).loss + adapted.penalty()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Side(step, adapted.num_trainable())
