@@ -54,9 +54,10 @@ class Adapted(nn.Module):
         self.__dict__.update(_dtypes={}, _stage=None, _index=0)
         model.requires_grad_(False)
         by_key = {s.key: s.base.module for s in found.sites}
-        self.__dict__["_held"] = [(by_key[k], d) for k, d in self.adapter.deltas.items()]
-        self._held += [(m, self.adapter.trained[n.replace(".", "/")]) for n, m in head_modules.items()]
-        for module, delta in self._held:
+        held = [(by_key[k], d) for k, d in self.adapter.deltas.items()]
+        held += [(m, self.adapter.trained[n.replace(".", "/")]) for n, m in head_modules.items()]
+        self.__dict__["_held"] = held
+        for module, delta in held:
             holder.hold(module, delta)
         self.train(model.training)
 

@@ -47,8 +47,7 @@ class Holder:
 
 
 def _rebuilt(original: type) -> Any:
-    cls = adapted_class(original)
-    return cls.__new__(cls)
+    return object.__new__(adapted_class(original))
 
 
 def adapted_class(original: type) -> type:
@@ -130,7 +129,7 @@ def _mapped(t: Tensor) -> Tensor:
     file, path = tempfile.mkstemp(prefix="lorafactory-")
     try:
         with os.fdopen(file, "wb") as f:
-            f.write(memoryview(flat.view(torch.uint8).numpy()))
+            f.write(flat.view(torch.uint8).numpy().data)
         return torch.from_file(path, shared=False, size=flat.numel(), dtype=t.dtype).view(t.shape)
     finally:
         os.unlink(path)

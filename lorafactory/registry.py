@@ -117,7 +117,7 @@ def register(name: str) -> Callable[[type], type]:
             own = dataclass(own)
         bases = (base,) if own is None else (own,) if issubclass(own, base) else (own, base)
         # a class of its own even where Config is inherited: `owner` says which variant a config chooses
-        made = dataclass(type("Config", bases, {"__module__": cls.__module__, "__qualname__": f"{cls.__qualname__}.Config"}))
+        made: Any = dataclass(type("Config", bases, {"__module__": cls.__module__, "__qualname__": f"{cls.__qualname__}.Config"}))
         made.__name__ = f"{cls.__name__}.Config"  # what OmegaConf's errors print
         made.owner, cls.Config, cls.name = cls, made, name  # type: ignore[attr-defined]
         _classes[name] = cls

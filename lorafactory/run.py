@@ -57,8 +57,16 @@ def run(config: RunConfig, command: str = "") -> Outcome:
         if path is not None:
             return Outcome("found", path, record.read(path))
         made: dict[str, Any] = {"schema": record.SCHEMA, **names, "config": settings, "command": command}
-        made |= _make(config, names["id"], accelerator)
-        made["environment"] = record.environment() | {"processes": accelerator.num_processes}
+        made["environment"] = record.environment(accelerator.device.type) | {"processes": accelerator.num_processes}
+        try:
+            made |= _make(config, names["id"], accelerator)
+        except UserError:
+            raise  # nothing ran
+        except Exception as e:
+            failed = made | {"status": "failed", "reason": f"{type(e).__name__}: {e}"}
+            if main:
+                record.write(record.path_of(results, **names, scratch=True), failed)
+            raise
         path = record.path_of(results, **names, scratch=record.is_scratch(made))
         predictions = made.pop("raw")
         if main:

@@ -35,9 +35,14 @@ def head_modules(model: nn.Module) -> list[str]:
     prefix = getattr(model, "base_model_prefix", "")
     if not prefix or not hasattr(model, prefix):
         return []
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    output = _output(model)
     beside = [(n, m) for n, m in model.named_children() if n != prefix and m is not output]
     return [n for n, m in beside if any(True for _ in m.parameters())]
+
+
+def _output(model: Any) -> nn.Module | None:
+    """The output embedding of a transformers model that has one."""
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
 def inside(name: str, parents: Iterable[str]) -> bool:
@@ -74,7 +79,7 @@ def find(model: nn.Module, wanted: list[str], heads: list[str], fits: Callable[[
     modules = {n: m for n, m in model.named_modules() if n and not inside(n, heads)}
     able = {n: m for n, m in modules.items() if fits(m)}
     shared, unreachable = tied(model), _unreachable(model)
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    output = _output(model)
     entries: dict[str, list[str]] = {}
     for entry in wanted:
         if entry in WORDS:

@@ -67,7 +67,8 @@ class LowRank(Elastic):
         s = self.scale if self.gate is None else self.scale * self.gate
         if self.A0 is None and self.A_past is None:
             return self.B * s, self.A
-        b, a = [self.B * s], [self.A]
+        b: list[Tensor] = [self.B * s]
+        a: list[Tensor] = [self.A]
         if self.A0 is not None and self.B0 is not None:
             b.append(self.B0 * -s)
             a.append(self.A0)

@@ -13,7 +13,6 @@ from .delta import Delta, Wrapper
 from .site import Site, is_linear
 
 if TYPE_CHECKING:
-    from ..attach import Adapted
     from ..optim import Lifecycle
     from .adapter import Adapter
 
@@ -27,7 +26,7 @@ class Stage:
     batches(n): the first n training batches, the same at every call; loss(batch): the mean task loss [] of the
     adapted model on one; mask(batch): which positions [batch, tokens] are real, or None."""
 
-    model: Adapted
+    model: Any  # the Adapted module
     batches: Callable[[int], Iterable[Any]]
     loss: Callable[[Any], Tensor]
     mask: Callable[[Any], Tensor | None] = lambda batch: None

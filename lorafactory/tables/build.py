@@ -111,9 +111,12 @@ def _once(runs: list[Run]) -> list[Run]:
 def _nothing(spec: Spec, results: Path, other: int) -> str:
     if other:
         return f"table {spec.name}: none of {other} records is of its tasks, rows, model, seeds and `where`"
-    there = sorted(path.name for path in (results / "runs").glob("*") if path.is_dir())
+    what = f"table {spec.name}: no records under {results / 'runs' / spec.experiments[0]}"
+    if any(next((results / "scratch" / name).rglob("*.json"), None) for name in spec.experiments):
+        return f"{what}; there are some of failed runs or changed code: --with-scratch"
+    there = sorted({path.parents[1].name for path in (results / "runs").glob("*/*/*.json")} - set(spec.experiments))
     near = nearest(spec.experiments[0], there) if there else "there are none at all; `lorafactory run` makes them"
-    return f"table {spec.name}: no records under {results / 'runs' / spec.experiments[0]}; {near}"
+    return f"{what}; {near}"
 
 
 def _expected(spec: Spec, groups: dict[str, list[Run]]) -> int:

@@ -65,8 +65,8 @@ def _selection(table: Table) -> str:
     seeds = select.seeds or (spec.seeds if isinstance(spec.seeds, tuple) else ())
     over = f"seeds {', '.join(map(str, seeds))}" if seeds else "the seeds"
     best = "highest" if select.mode == "max" else "lowest"
-    return (f"{', '.join(select.over)} is the point with the {best} mean {metric} on the selection split over {over}, "
-            "among those with the most healthy runs, chosen per row and task.")  # fmt: skip
+    return (f"Chosen per row and task: {', '.join(select.over)}, by the {best} mean {metric} on the selection split "
+            f"over {over}, among the points with the most healthy runs.")  # fmt: skip
 
 
 def _marks(table: Table) -> list[str]:

@@ -20,8 +20,8 @@ PANEL = (6.4, 4.8)  # inches
 DPI = 200
 UNIT = DPI / 100  # the layout counts in hundredths of an inch
 AWAY = 11.0  # from here on a name needs a line to its point
-STYLE: dict[Any, Any] = {"font.family": "DejaVu Sans", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
-         "pdf.fonttype": 42, "axes.linewidth": 0.8}  # fmt: skip
+STYLE: dict[Any, Any] = {"font.family": "DejaVu Sans", "font.size": 9, "axes.spines.top": False,
+                         "axes.spines.right": False, "pdf.fonttype": 42, "axes.linewidth": 0.8}  # fmt: skip
 
 
 def draw(table: Table) -> dict[str, bytes]:
@@ -98,7 +98,7 @@ def _panel(ax: Any, title: str, cells: dict[str, Cell], looks: dict[str, Any], t
     placed, true = [], {k: (x or left, y) for k, (x, y, _) in points.items()}
     apart = _apart(ax, true)
     if any(not math.isclose(x, true[label][0], rel_tol=1e-6) for label, x in apart.items()):
-        ax.set_xlabel(f"{paid_for}  (points that would cover one another are set a little apart)")
+        ax.set_xlabel(f"{paid_for}  (points that touch are set apart)")
     for label, x in apart.items():
         _, y, spread = points[label]
         ax.errorbar(x, y, spread or None, color="0.5", elinewidth=0.8, capsize=2, zorder=2)

@@ -400,6 +400,9 @@ def test_no_records(results):
     results.row("lora", [0.8])
     with pytest.raises(UserError, match="no records under .*demos; nearest: demo"):
         build(spec(experiments=["demos"]), results.folder)
+    results.add("lora", experiment="mine", environment={"dirty": True})
+    with pytest.raises(UserError, match="no records under .*mine; there are some .*: --with-scratch"):
+        build(spec(experiments=["mine"]), results.folder)
     with pytest.raises(UserError, match="none of 1 records"):
         build(spec(rows=["vera"]), results.folder)
     with pytest.raises(UserError, match="no record has a setting 'train.lrr'; nearest: train.lr"):
