@@ -60,7 +60,7 @@ def up(r, left=None, right=None):
 class GaLore(Part):
     """GaLore: W <- W + scale P step(P^T G Q^T) Q, G the gradient of W, P, Q from its leading `rank` singular vectors.
 
-    Zhao et al. 2024, algorithm 2. P and Q are computed anew every `every` steps, the first included; the moments stay
+    Zhao et al. 2024. P and Q are computed anew every `every` steps, the first included; the moments stay
     as they are. step is that of the run's own optimiser (AdamW or SGD), whose bias correction is the paper's: the
     authors' code adds eps before it. The weight decays after the update, as in their code. What is not the weight of a
     linear layer (embeddings, norms, biases, the head) takes the optimiser's plain step.

@@ -80,11 +80,11 @@ class LoRAProOptimizer(Detour):
 class LoRAPro(Part):
     """LoRA-Pro: A and B move so that s (B dA + dB A) is as close as can be to the step that W itself would take.
 
-    Wang et al. 2024, theorem 2.1: dA = (B^T B)^-1 ga / s^2 + X A and dB = (I - P_B) gb (A A^T)^-1 / s^2 - B X, from the
+    Wang et al. 2024: dA = (B^T B)^-1 ga / s^2 + X A and dB = (I - P_B) gb (A A^T)^-1 / s^2 - B X, from the
     gradients ga, gb of A and B alone; X is free. The run's optimiser steps in the space of W, on that projected
-    gradient, and its step is projected again: with SGD this is their algorithm 1, with AdamW their algorithm 2. At
+    gradient, and its step is projected again: with train.optimizer=sgd this is their SGD form, with adamw their Adam form. At
     B = 0 the formulas give dA = 0, as the paper's first step has it. X: `sylvester` keeps (dA, dB) closest to LoRA's
-    own (theorem 2.3), `zero`, or `symmetric` (dA and dB share what both can do). An anchor or a past is constant, so
+    own, `zero`, or `symmetric` (dA and dB share what both can do). An anchor or a past is constant, so
     only A and B count. The authors' runs use rsLoRA's scale: give alpha sqrt(rank).
 
     Cost: AdamW's moments are two [d_out, d_in] a layer, as in full fine-tuning, and a step forms as many again; the

@@ -14,7 +14,7 @@ SHARE = {"random": 0.999, "magnitude": 0.9, "zero": 1.0, "none": 0.0}  # of the 
 class ReLoRA(Part):
     """ReLoRA: every T steps W0 <- W0 + s B A, then A, B start afresh; the sum of such updates has a high rank.
 
-    Lialin et al. 2023, algorithm 1. The base stays as it is: the update joins the pair's frozen past. The optimiser's
+    Lialin et al. 2023. The base stays as it is: the update joins the pair's frozen past. The optimiser's
     moments are pruned and the learning rate rises from 0 again, both as in the authors' code (it prunes each moment by
     a mask of its own and keeps Adam's step count). Its ramp aims at the schedule's value at the end of the ramp, ours
     follows the schedule: train.schedule. With dropout the past is dropped like the pair, not kept like W0.
