@@ -13,6 +13,7 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
@@ -44,7 +45,7 @@ def run(arguments: list[str]) -> int:
 
 def _hydra(arguments: list[str]) -> None:
     configs.publish()
-    before, sys.argv = sys.argv, ["lorafactory", *arguments]
+    before, sys.argv = sys.argv, ["lorafactory", *_postponed(arguments)]
     full_error, os.environ["HYDRA_FULL_ERROR"] = os.environ.get("HYDRA_FULL_ERROR"), "1"  # errors come to us, unprinted
     try:
         hydra.main(version_base="1.3", config_path=str(paths.configs()), config_name="config")(_job)()
@@ -56,6 +57,22 @@ def _hydra(arguments: list[str]) -> None:
         sys.argv = before
         if full_error is None:
             del os.environ["HYDRA_FULL_ERROR"]
+
+
+def _postponed(arguments: list[str]) -> list[str]:
+    """In a sweep over variants, options of the variant wait until each job has its own. Hydra composes once before the
+    jobs, with the default variant and every override that is not swept; one of a single value counts as swept."""
+    if not {"-m", "--multirun"} & set(arguments):
+        return arguments
+    parser = OverridesParser.create()
+
+    def wait(argument: str) -> str:
+        key, is_override, value = argument.partition("=")
+        if not is_override or not key.startswith("variant.") or parser.parse_override(argument).is_sweep_override():
+            return argument
+        return f"{key}=choice({value})"
+
+    return [wait(a) for a in arguments]
 
 
 def _job(cfg: Any) -> float | None:

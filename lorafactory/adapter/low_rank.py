@@ -88,7 +88,10 @@ class LowRank(Elastic):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., d_in] -> [..., d_out], through the factors, in their dtype."""
         b, a = self.factors()
-        return linear(self.drop(x), a, b)
+        if self.A_past is None or not (self.dropout and self.training):
+            return linear(self.drop(x), a, b)
+        r = a.shape[0] - self.A_past.shape[0]  # the past is frozen, so like the base it sees all of x
+        return linear(self.drop(x), a[:r], b[:, :r]) + linear(x, a[r:], b[:, r:])
 
     @torch.no_grad()
     def fresh(self) -> None:

@@ -73,6 +73,12 @@ class Site:
         """The name as a ModuleDict allows it."""
         return self.name.replace(".", "/")
 
+    def new(self, *shape: int, fill: float = 0.0) -> Tensor:
+        """A tensor for the adapter: float32 or the base's wider dtype, on the layer's device."""
+        like = next(p for p in self.base.module.parameters(recurse=False) if p is not None)
+        dtype = torch.promote_types(like.dtype, torch.float32) if like.is_floating_point() else torch.float32
+        return torch.full(shape, fill, dtype=dtype, device=like.device)
+
     @property
     def is_linear(self) -> bool:
         return is_linear(self.base.module)

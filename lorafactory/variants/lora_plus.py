@@ -10,9 +10,9 @@ class LoRAPlus(Part):
     """LoRA+: the learning rate of B is `ratio` times that of A.
 
     Hayou et al. 2024, sec. 4: as the width n grows, features move by O(1) only if lr_A is of order 1/n and lr_B of
-    order 1. Which factor is B is its role in the pair, not its name; a gate and all else keep the learning rate. The
-    authors' code gives vectors (biases, magnitudes) B's rate too: `vectors`; the paper does not, nor does our default,
-    and a trained head always has its own rate. Their rate for adapted embeddings has no counterpart: none is adapted.
+    order 1. Which factor is B is its role in the pair, not its name; everything else keeps the learning rate. The
+    authors' code gives vectors (a head's bias, a magnitude) B's rate too, which the paper does not; its rate for
+    adapted embeddings has no counterpart here, for none is adapted.
 
     AdamW multiplies the decay by the learning rate, so B decays `ratio` times as fast as A, as in the authors' code."""
 
@@ -21,18 +21,13 @@ class LoRAPlus(Part):
 
     @dataclass
     class Config(DynamicsConfig):
-        """ratio: lr_B / lr_A; vectors: the adapter's vectors learn at B's rate too."""
+        """ratio: learning rate of B over that of A; 4 to 16 is usual."""
 
         ratio: float = 16.0
-        vectors: bool = False
 
         def check(self):
             if self.ratio <= 0:
                 raise UserError(f"ratio is {self.ratio}; it must be positive")
 
     def options(self):
-        fast = [low.B for _, low in self.adapter.low_ranks()]
-        if self.config.vectors:
-            heads = set(self.adapter.heads())
-            fast += [p for p in self.adapter.parameters() if p.dim() == 1 and p not in heads]
-        return {p: {"lr_scale": self.config.ratio} for p in fast}
+        return {low.B: {"lr_scale": self.config.ratio} for _, low in self.adapter.low_ranks()}

@@ -14,10 +14,10 @@ SHARE = {"random": 0.999, "magnitude": 0.9, "zero": 1.0, "none": 0.0}  # of the 
 class ReLoRA(Part):
     """ReLoRA: every T steps W0 <- W0 + s B A, then A, B start afresh; the sum of such updates has a high rank.
 
-    Lialin et al. 2023. The base stays as it is: the update joins the pair's frozen past. The optimiser's
-    moments are pruned and the learning rate rises from 0 again, both as in the authors' code (it prunes each moment by
-    a mask of its own and keeps Adam's step count). Its ramp aims at the schedule's value at the end of the ramp, ours
-    follows the schedule: train.schedule. With dropout the past is dropped like the pair, not kept like W0.
+    Lialin et al. 2023. The base stays as it is: the update joins the pair's frozen past. Then the optimiser's moments
+    are pruned (Adam's step count stays) and the learning rate rises from 0 again, to where train.schedule stands. The
+    authors' code masks each moment on its own; a first moment that survives its second makes steps some thirty times
+    too long, so ours keeps or drops both. Their ramp aims at the schedule's value at its end, ours follows the schedule.
     Pre-training with it starts from a warmed-up full-rank checkpoint; fine-tuning has one.
 
     Cost: a step reads min(rank (restarts + 1), full rank) ranks; `every` beyond the run's steps is plain LoRA, and the
@@ -30,8 +30,8 @@ class ReLoRA(Part):
     class Config(DynamicsConfig):
         """every: optimiser steps between restarts, or below 1 as a share of the run's (the paper: 2000 to 5000 steps of
         pre-training); warmup: steps from 0 to the full rate after a restart, or below 1 as a share of `every`; prune:
-        which entries of the moments go, random, magnitude (the smallest), zero (all) or none; pruned: their share
-        (null: 0.999 of random, 0.9 of magnitude)."""
+        which entries of the moments go, random, magnitude (the smallest of the first moment), zero (all) or none;
+        pruned: their share (null: 0.999 of random, 0.9 of magnitude)."""
 
         every: float = 0.25
         warmup: float = 0.1
@@ -74,14 +74,16 @@ class ReLoRA(Part):
                 self.prune(step.optimizer.state.get(p, {}))
 
     def prune(self, state) -> None:
-        """Zeroes a share of every moment of one parameter."""
+        """Zeroes a share of one parameter's moments, the same entries of each."""
         share = SHARE[self.config.prune] if self.config.pruned is None else self.config.pruned
-        for t in (t for t in state.values() if torch.is_tensor(t) and t.dim() > 0):
-            if self.config.prune == "magnitude":
-                gone = t.abs().flatten().argsort()[: round(share * t.numel())]
-                t.view(-1)[gone] = 0
-            else:
-                t.mul_(torch.rand_like(t) >= share)
+        moments = [t for _, t in sorted(state.items()) if torch.is_tensor(t) and t.dim() > 0]
+        if not moments:
+            return
+        by = moments[0].abs() if self.config.prune == "magnitude" else torch.rand_like(moments[0])
+        gone = torch.zeros(by.numel(), dtype=torch.bool, device=by.device)
+        gone[by.flatten().argsort()[: round(share * by.numel())]] = True
+        for t in moments:
+            t.masked_fill_(gone.view_as(t), 0)
 
     def counters(self):
         return {"restarts": int(self.restarts)}

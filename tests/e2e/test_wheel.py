@@ -1,0 +1,47 @@
+"""The wheel, installed outside the repository, runs with the configs that it carries."""
+
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+from runs import environment
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dist")
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    made = subprocess.run(build, capture_output=True, text=True, timeout=300)
+    assert made.returncode == 0, made.stderr
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_it_holds_code_configs_and_licence_only(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "lorafactory/configs/config.yaml" in names
+    assert "lorafactory/configs/task/bbc_news.yaml" in names
+    assert any(n.endswith("licenses/LICENSE") for n in names)
+    assert {n.partition("/")[0] for n in names if ".dist-info" not in n} == {"lorafactory"}
+
+
+def test_it_runs_outside_the_repository(wheel, tmp_path):
+    venv.create(tmp_path / "env", with_pip=False)
+    python = tmp_path / "env" / "bin" / "python"
+    (site,) = (tmp_path / "env" / "lib").glob("python*/site-packages")
+    zipfile.ZipFile(wheel).extractall(site)
+    ours = next(p for p in map(Path, sys.path) if (p / "torch").is_dir())
+    (site / "what_it_needs.pth").write_text(f"{ours}\n")  # after its own folder, so that the wheel comes first
+    ran = subprocess.run(
+        [str(python), "-m", "lorafactory", "run", "task=toy", "model=tiny", "variant=dora", "train.steps=2"],
+        cwd=tmp_path, env=environment(PYTHONPATH=""), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert (tmp_path / "results" / "runs" / "adhoc" / "dora").is_dir(), "a wheel is no dirty checkout"
+    where = [str(python), "-c", "import lorafactory; print(lorafactory.__file__)"]
+    assert str(site) in subprocess.run(where, cwd=tmp_path, env=environment(PYTHONPATH=""), capture_output=True, text=True).stdout
