@@ -53,22 +53,23 @@ class Adapter(nn.Module):
 
     # what is inside, however deeply wrapped
 
-    def _inside(self, kind: type) -> Iterator[tuple[Site, Any]]:
+    def inside(self, kind: type) -> Iterator[tuple[Site, Any]]:
+        """Every module of a kind within the deltas, and its site."""
         for s in self.sites:
             if s.key in self.deltas:
                 yield from ((s, m) for m in self.deltas[s.key].modules() if isinstance(m, kind))
 
     def low_ranks(self) -> Iterator[tuple[Site, LowRank]]:
         """Every pair of factors, under experts too."""
-        return self._inside(LowRank)
+        return self.inside(LowRank)
 
     def dense(self) -> Iterator[tuple[Site, nn.Parameter]]:
         """Every whole weight [d_out, d_in] that a delta trains."""
-        return ((s, d.dense) for s, d in self._inside(Delta) if isinstance(getattr(d, "dense", None), nn.Parameter))
+        return ((s, d.dense) for s, d in self.inside(Delta) if isinstance(getattr(d, "dense", None), nn.Parameter))
 
     @property
     def mergeable(self) -> bool:
-        return all(d.mergeable for _, d in self._inside(Delta))
+        return all(d.mergeable for _, d in self.inside(Delta))
 
     def heads(self) -> list[nn.Parameter]:
         return [p for p in self.trained.parameters() if p.requires_grad]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch.nn as nn
 from torch import Tensor
 
-from .delta import Delta, Wrapper
+from .delta import Copy, Delta, Wrapper
 from .site import Site, is_linear
 
 if TYPE_CHECKING:
@@ -147,8 +147,10 @@ class Decomposition(Part):
 
     def build(self, site: Site, make: Make) -> Delta | None:
         inner = make(site)
-        # what is not linear (an embedding, a norm) has no rows to re-scale
-        return inner if inner is None or not site.is_linear else self.delta(inner, site)  # type: ignore[call-arg]
+        # what is not linear (an embedding, a norm) or is copied whole (a tied weight) has no rows to re-scale
+        if inner is None or isinstance(inner, Copy) or not site.is_linear:
+            return inner
+        return self.delta(inner, site)  # type: ignore[call-arg]
 
 
 class Init(Part):

@@ -1,36 +1,43 @@
+from dataclasses import dataclass
+
 import torch
 import torch.nn as nn
 
 from ..adapter import Base, Decomposition, Delta, Site, Wrapper
-from ..registry import register
+from ..registry import DecompositionConfig, register
 
 
 class DoRADelta(Wrapper):
-    """W = diag(m / c) V; m [d_out] trained, c [d_out] the norms of V's rows, constant in the backward pass"""
+    """W = diag(m / c) V; m [d_out] trained, c [d_out] the norms of V's rows
+
+    A row of W0 that is all zero has no direction: there c counts as 1 and m starts at 1, so that the row starts as the
+    inner delta has it and stays finite."""
 
     def __init__(self, inner: Delta, site: Site):
         super().__init__(inner)
+        self.constant = True  # c, in the backward pass
         dtype = torch.promote_types(site.base.weight.dtype, torch.float32)
-        self.magnitude = nn.Parameter(site.base.weight.detach().to(dtype).norm(dim=1))
+        square = site.base.weight.detach().to(dtype).square().sum(1)  # once: the base is read-only
+        self.square: torch.Tensor
+        self.register_buffer("square", square, persistent=False)
+        self.magnitude = nn.Parameter(torch.where(square > 0, square, 1.0).sqrt())
 
-    @torch.no_grad()
     def norm(self, base: Base) -> torch.Tensor:
-        """c. With V = W0 + B A, without forming B A: c_i^2 = |W0_i|^2 + 2 <B_i, (W0 A^T)_i> + B_i A A^T B_i^T
-
-        A row that is all zero has no direction: its norm counts as 1, so that the row is LoRA's and finite."""
+        """c. With V = W0 + B A, without forming B A: c_i^2 = |W0_i|^2 + 2 <B_i, (W0 A^T)_i> + B_i A A^T B_i^T"""
         with torch.autocast(base.weight.device.type, enabled=False):
             factors = self.inner.factors()
             if factors is None:
-                c = self.inner.weight(base).to(self.magnitude.dtype).norm(dim=1)
+                square = self.inner.weight(base).to(self.magnitude.dtype).square().sum(1)
             else:
                 b, a = factors
                 w = base.weight.to(a.dtype)
-                square = w.square().sum(1) + 2 * (b * (w @ a.T)).sum(1) + (b @ (a @ a.T) * b).sum(1)
-                c = square.clamp_min(0).sqrt()
-            return torch.where(c > 0, c, 1.0)
+                square = self.square + 2 * (b * (w @ a.T)).sum(1) + (b @ (a @ a.T) * b).sum(1)
+            return torch.where((self.square > 0) & (square > 0), square, 1.0).sqrt()
 
     def gain(self, base: Base) -> torch.Tensor:
-        return self.magnitude / self.norm(base)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.constant):
+            c = self.norm(base)
+        return self.magnitude / c
 
     def weight(self, base):
         return self.gain(base)[:, None] * self.inner.weight(base)
@@ -46,9 +53,25 @@ class DoRADelta(Wrapper):
 class DoRA(Decomposition):
     """DoRA: W = diag(m / |V|) V, V = W0 + update; magnitude m [d_out] trained, starting at the norms of W0's rows.
 
-    Liu et al. 2024, eq. 5; the norm is a constant in the backward pass (sec. 4.3). The paper writes column norms of
-    W [d_in, d_out]; its code, and we, take the norm of each output's row. V is any structure's weight: over `vera` it
-    is DVoRA. Fast path: the factored norm (arXiv 2603.22276) where the inner update has factors."""
+    Liu et al. 2024, eq. 5. The paper writes column norms of W [d_in, d_out]; its code, and we, take the norm of each
+    output's row. V is any structure's weight: over `vera` it is DVoRA. Dropout is of what A reads, as in LoRA; the
+    authors' code also drops the inputs of (m / |V| - 1) W0 x.
+
+    Cost: beside LoRA's, W0 A^T and three Gram products a forward pass (the factored norm of arXiv 2603.22276, |W0_i|^2
+    computed once) where the inner update has factors, else V itself; and two passes over the output."""
 
     paper = "DoRA, arXiv 2402.09353"
     delta = DoRADelta
+    minds = frozenset({"scales rows"})  # m / |V| undoes it
+
+    @dataclass
+    class Config(DecompositionConfig):
+        """detach_norm: |V| is a constant in the backward pass (the paper's sec. 4.3); false: it is differentiated."""
+
+        detach_norm: bool = True
+
+    def build(self, site, make):
+        delta = super().build(site, make)
+        if isinstance(delta, DoRADelta):
+            delta.constant = self.config.detach_norm
+        return delta

@@ -82,10 +82,10 @@ class LoRAPro(Part):
 
     Wang et al. 2024: dA = (B^T B)^-1 ga / s^2 + X A and dB = (I - P_B) gb (A A^T)^-1 / s^2 - B X, from the
     gradients ga, gb of A and B alone; X is free. The run's optimiser steps in the space of W, on that projected
-    gradient, and its step is projected again: with train.optimizer=sgd this is their SGD form, with adamw their Adam form. At
-    B = 0 the formulas give dA = 0, as the paper's first step has it. X: `sylvester` keeps (dA, dB) closest to LoRA's
-    own, `zero`, or `symmetric` (dA and dB share what both can do). An anchor or a past is constant, so
-    only A and B count. The authors' runs use rsLoRA's scale: give alpha sqrt(rank).
+    gradient, and its step is projected again: under train.optimizer sgd this is their SGD form, under adamw their Adam
+    form. At B = 0 the formulas give dA = 0, as the paper's first step has it. An anchor or a past is constant, so only
+    A and B count. The authors' runs use rsLoRA's scale (give alpha sqrt(rank)); their code starts Adam's bias correction
+    at its second step, by an oversight that the paper does not share, and rounds the second moment's input to bfloat16.
 
     Cost: AdamW's moments are two [d_out, d_in] a layer, as in full fine-tuning, and a step forms as many again; the
     Gram algebra is [rank, rank] in float32 or wider, by symmetric eigendecompositions, layers of one shape together."""
@@ -96,8 +96,9 @@ class LoRAPro(Part):
 
     @dataclass
     class Config(DynamicsConfig):
-        """x: sylvester, zero or symmetric; damping: added to both Gram matrices before they are inverted; condition:
-        eigenvalues below the largest / condition count as zero."""
+        """x: the choice of X: sylvester keeps (dA, dB) nearest to LoRA's own, zero, or symmetric, where dA and dB share
+        what both can do; damping: added to both Gram matrices before they are inverted; condition: eigenvalues below
+        the largest / condition count as zero."""
 
         x: str = "sylvester"
         damping: float = 1e-8

@@ -17,7 +17,7 @@ class ReLoRA(Part):
     Lialin et al. 2023. The base stays as it is: the update joins the pair's frozen past. Then the optimiser's moments
     are pruned (Adam's step count stays) and the learning rate rises from 0 again, to where train.schedule stands. The
     authors' code masks each moment on its own; a first moment that survives its second makes steps some thirty times
-    too long, so ours keeps or drops both. Their ramp aims at the schedule's value at its end, ours follows the schedule.
+    too long, so ours keeps or drops both. Their ramp aims at the schedule's value at its end, ours follows it.
     Pre-training with it starts from a warmed-up full-rank checkpoint; fine-tuning has one.
 
     Cost: a step reads min(rank (restarts + 1), full rank) ranks; `every` beyond the run's steps is plain LoRA, and the

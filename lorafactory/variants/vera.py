@@ -1,0 +1,144 @@
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from ..adapter import Delta, Elastic, Structure, linear
+from ..errors import UserError
+from ..registry import StructureConfig, register
+
+
+def kaiming(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
+    """U(-sqrt(6 / columns), sqrt(6 / columns)); one rounding, so bit-equal wherever the generator is."""
+    return (2 * torch.rand(rows, columns, generator=generator) - 1) * math.sqrt(6 / columns)
+
+
+def checksum(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """[rank] integers that tell every bit and its place."""
+    bits = torch.cat([a.cpu(), b.cpu().T], 1).float().contiguous().view(torch.int32).long()
+    return (bits * torch.arange(1, bits.shape[1] + 1)).sum(1)
+
+
+class Bank(Elastic):
+    """A [rank, d_in] and B [d_out, rank], frozen, the largest that a site needs: others take a slice.
+
+    Drawn from `seed` in float32 on the CPU, whatever the device and dtype of the base. Unless `kept`, a checkpoint
+    holds only their checksum, whose length is the rank: loading draws them again and compares."""
+
+    def __init__(self, rank, d_in, d_out, seed, kept, like):
+        super().__init__()
+        self.d_in, self.d_out, self.seed, self.kept = d_in, d_out, seed, kept
+        self.register_buffer("checksum", None)
+        for name in ("A", "B"):
+            dtype = torch.promote_types(like.dtype, torch.float32)
+            self.register_buffer(name, torch.empty(0, dtype=dtype, device=like.device), persistent=kept)
+        self.hold(rank)
+
+    def drawn(self, rank):
+        g = torch.Generator().manual_seed(self.seed)
+        return kaiming(rank, self.d_in, g), kaiming(self.d_out, rank, g)
+
+    def hold(self, rank):
+        a, b = self.drawn(rank)
+        self.checksum = checksum(a, b).to(self.A.device)
+        self.A, self.B = a.to(self.A), b.to(self.B)
+
+    def shapes(self):
+        return {"checksum": ("r",), **({"A": ("r", self.d_in), "B": (self.d_out, "r")} if self.kept else {})}
+
+    def complaints(self, saved):
+        bad = super().complaints(saved)
+        if bad:
+            return bad
+        a, b = (saved["A"], saved["B"]) if self.kept else self.drawn(len(saved["checksum"]))
+        if torch.equal(checksum(a, b), saved["checksum"].cpu()):
+            return []
+        if self.kept:
+            return ["checksum is not that of A and B: the file is damaged"]
+        return [f"checksum: seed {self.seed} draws another bank here (another torch?): train with save_bank=true"]
+
+    def allocate(self, saved):
+        self.hold(len(saved["checksum"]))
+
+
+class VeRADelta(Elastic, Delta):
+    """W = W0 + diag(b) B diag(d) A; b [d_out] and d [rank] trained, A and B the bank's"""
+
+    def __init__(self, bank: Bank, site, d_initial: float, dropout: float):
+        super().__init__()
+        self.__dict__["bank"] = bank
+        self.d_in, self.d_out, self.dropout = site.d_in, site.d_out, dropout
+        self.d = nn.Parameter(bank.A.new_full(bank.A.shape[:1], d_initial))
+        self.b = nn.Parameter(bank.A.new_zeros(site.d_out))
+
+    def shapes(self):
+        return {"d": ("r",), "b": (self.d_out,)}
+
+    def slices(self):
+        return self.bank.B[: self.d_out], self.bank.A[:, : self.d_in]
+
+    def factors(self):
+        b, a = self.slices()
+        return b * self.b[:, None], a * self.d[:, None]
+
+    def randomize(self):
+        nn.init.normal_(self.b)
+
+    def weight(self, base):
+        b, a = self.factors()
+        return base.weight + b @ a
+
+    def update(self, x, base, y):
+        b, a = self.slices()
+        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        return self.b * linear(self.d * linear(x, a), b)
+
+
+@register("vera")
+class VeRA(Structure):
+    """VeRA: W = W0 + diag(b) B diag(d) A; A [rank, d_in], B [d_out, rank] frozen, random and shared by all layers.
+
+    Kopiczko et al. 2023, eq. 2. Only b [d_out], zero at first, and d [rank] train. Layers of different shapes take
+    slices of one bank as large as the largest; it is PEFT's for the same seed, up to rounding. There is no alpha.
+
+    Cost: rank (d_in + d_out) products a position forward, the same backward for x alone (the bank has no gradient),
+    and the bank once in memory."""
+
+    paper = "VeRA, arXiv 2310.11454"
+    gives = frozenset({"additive", "weight"})
+
+    @dataclass
+    class Config(StructureConfig):
+        """rank: may exceed a layer's; d_initial: every entry of d at first; seed: draws the bank, whatever the run's
+        seed; save_bank: keep the bank in the checkpoint, else its checksum; dropout: of what A reads."""
+
+        rank: int = 256
+        d_initial: float = 0.1
+        dropout: float = 0.0
+        seed: int = 0
+        save_bank: bool = False
+
+        def check(self):
+            if self.rank < 1:
+                raise UserError(f"rank is {self.rank}; it must be at least 1")
+            if self.d_initial == 0:
+                raise UserError("d_initial is 0, as b is: nothing would ever train")
+            if not 0 <= self.dropout < 1:
+                raise UserError(f"dropout is {self.dropout}; it must lie in [0, 1)")
+            if not 0 <= self.seed < 2**63:
+                raise UserError(f"seed is {self.seed}; it must lie in [0, 2^63)")
+
+    def __init__(self, config, adapter):
+        super().__init__(config, adapter)
+        d_in, d_out = max(s.d_in for s in adapter.sites), max(s.d_out for s in adapter.sites)
+        self.bank = Bank(config.rank, d_in, d_out, config.seed, config.save_bank, adapter.sites[0].base.weight)
+
+    def build(self, site, make):
+        return VeRADelta(self.bank, site, self.config.d_initial, self.config.dropout)
+
+    def complaints(self, state):
+        rank = len(state["structure.bank.checksum"])
+        found = {n: len(state[f"{n}.d"]) for n, m in self.adapter.named_modules() if isinstance(m, VeRADelta)}
+        return [f"{n}.d has {r} ranks, the bank {rank}" for n, r in found.items() if r != rank]

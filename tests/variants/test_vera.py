@@ -1,0 +1,1 @@
+SMALL = {"rank": 16, "d_initial": 1.0}
