@@ -14,11 +14,11 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def plugin(tmp_path_factory):
     """A folder for PYTHONPATH that holds the package and its entry point, as pip would leave them."""
-    blocks = re.findall(r"```python\n(# my_package/scaled.py.*?)```", (ROOT / "README.md").read_text(), re.S)
+    (code,) = re.findall(r"```python\n([^`]*@register[^`]*)```", (ROOT / "README.md").read_text())
     folder = tmp_path_factory.mktemp("site")
     (folder / "my_package").mkdir()
     (folder / "my_package" / "__init__.py").touch()
-    (folder / "my_package" / "scaled.py").write_text(blocks[0])
+    (folder / "my_package" / "scaled.py").write_text(code)
     about = folder / "my_package-0.1.dist-info"
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 0.1\n")
