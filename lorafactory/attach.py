@@ -43,7 +43,7 @@ class Adapted(nn.Module):
         structure = registry.chosen(config)[0]
         heads = targets.head_modules(model) if config.trained_modules is None else config.trained_modules
         head_modules = {n: m for h in heads for n, m in _named(model, h)}
-        found = targets.find(model, config.target_modules, list(head_modules), structure.fits)
+        found = targets.find(model, config.target_modules, list(head_modules), structure.fits, structure.ties)
         with seeded(seed):
             self.adapter = Adapter(config, found.sites, head_modules).train(model.training)
         self.model = model
@@ -148,8 +148,7 @@ class Adapted(nn.Module):
                 f"merging loses {over[worst]:.0%} of the update of {worst} to rounding (limit {limit:.0%}): "
                 "merge(dtype=torch.float32), or raise limit"
             )
-        for m, _ in self._held:
-            holder.merge(m)
+        holder.merge(m for m, _ in self._held)
         self.merged = True
         return errors
 

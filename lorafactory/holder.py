@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,12 +86,14 @@ def switch(module: nn.Module, on: bool) -> None:
 
 
 @torch.no_grad()
-def merge(module: nn.Module) -> None:
-    """The module's numbers become the effective ones; the old ones are kept for unmerge."""
-    switch(module, False)
-    h = held(module)
-    h.kept = {n: t.detach().clone() for n, t in module.state_dict().items()}
-    h.delta.write(h.base)
+def merge(modules: Iterable[nn.Module]) -> None:
+    """The modules' numbers become the effective ones; the old ones are kept for unmerge."""
+    all_held = [(m, held(m)) for m in modules]
+    for m, h in all_held:  # before anything is written: some may share a parameter
+        switch(m, False)
+        h.kept = {n: t.detach().clone() for n, t in m.state_dict().items()}
+    for _, h in all_held:
+        h.delta.write(h.base)
 
 
 @torch.no_grad()

@@ -31,12 +31,12 @@ def matches(entry: str, name: str) -> bool:
 
 
 def head_modules(model: nn.Module) -> list[str]:
-    """The task head of a transformers model: what lies beside its base model, the output embedding left out."""
+    """The task head of a transformers model: what lies beside its base model and does not hold the output embedding."""
     prefix = getattr(model, "base_model_prefix", "")
     if not prefix or not hasattr(model, prefix):
         return []
     output = _output(model)
-    beside = [(n, m) for n, m in model.named_children() if n != prefix and m is not output]
+    beside = [(n, m) for n, m in model.named_children() if n != prefix and all(x is not output for x in m.modules())]
     return [n for n, m in beside if any(True for _ in m.parameters())]
 
 
@@ -49,21 +49,24 @@ def inside(name: str, parents: Iterable[str]) -> bool:
     return any(name == p or name.startswith(p + ".") for p in parents)
 
 
-def tied(model: nn.Module) -> dict[nn.Module, str]:
-    """Modules that share a parameter with another one, and why merging into them would change that one."""
+def tied(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Modules that share a parameter with another one -> the names of all that share it."""
     owners: dict[int, list[str]] = {}
     for name, m in model.named_modules():
         for p in m._parameters.values():
             if p is not None:
                 owners.setdefault(id(p), []).append(name)
-    shared = [names for names in owners.values() if len(names) > 1]
-    return {model.get_submodule(n): f"it shares its weight with {next(o for o in ns if o != n)}" for ns in shared for n in ns}
+    return {model.get_submodule(n): names for names in owners.values() if len(names) > 1 for n in names}
 
 
 def _unreachable(model: nn.Module) -> dict[nn.Module, str]:
     """Linear layers whose forward is never called: their owner reads the weight itself."""
     owners = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
     return {m.out_proj: "nn.MultiheadAttention reads its weight without calling it" for m in owners}
+
+
+def _shares(name: str, names: list[str]) -> str:
+    return next((f"it shares its weight with {o}" for o in names if o != name), "")
 
 
 class Found:
@@ -73,9 +76,12 @@ class Found:
         self.sites, self.entries = sites, entries
 
 
-def find(model: nn.Module, wanted: list[str], heads: list[str], fits: Callable[[nn.Module], bool]) -> Found:
-    """Sites for the entries of target_modules. Raises UserError for an entry that matches nothing that fits, or a
-    module that cannot be adapted; warns where an entry is found in only some of the blocks."""
+def find(
+    model: nn.Module, wanted: list[str], heads: list[str], fits: Callable[[nn.Module], bool], ties: bool = False
+) -> Found:
+    """Sites for the entries of target_modules; ties: modules that share a parameter are adapted as one. Raises UserError
+    for an entry that matches nothing that fits, or a module that cannot be adapted; warns where an entry is found in
+    only some of the blocks."""
     modules = {n: m for n, m in model.named_modules() if n and not inside(n, heads)}
     able = {n: m for n, m in modules.items() if fits(m)}
     shared, unreachable = tied(model), _unreachable(model)
@@ -83,19 +89,23 @@ def find(model: nn.Module, wanted: list[str], heads: list[str], fits: Callable[[
     entries: dict[str, list[str]] = {}
     for entry in wanted:
         if entry in WORDS:
-            names = [n for n, m in able.items() if m not in unreachable and (entry == "all" or is_linear(m))]
+            names = [n for n, m in able.items() if m not in unreachable and (ties or m not in shared)]
             if entry == "all-linear":
-                names = [n for n in names if able[n] not in shared and able[n] is not output]
+                names = [n for n in names if is_linear(able[n]) and able[n] not in shared and able[n] is not output]
         else:
             names = [n for n in able if matches(entry, n)]
             for n in names:
-                if why := unreachable.get(able[n]) or (is_linear(able[n]) and shared.get(able[n])):
+                if why := unreachable.get(able[n]) or (not ties and _shares(n, shared.get(able[n], []))):
                     raise UserError(f"target {entry!r} matches {n}, which cannot be adapted: {why}")
         if not names:
             _nothing(model, entry, modules, able, heads)
         entries[entry] = names
         _coverage(entry, names, modules)
     chosen = {n for names in entries.values() for n in names}
+    for names in shared.values():
+        some = [n for n in names if n in chosen or inside(n, heads)]
+        if some and len(some) < len(names):
+            raise UserError(f"{some[0]} cannot be trained alone, {_shares(some[0], names)}: leave it out, or add that")
     outermost = [n for n in able if n in chosen and not inside(n.rpartition(".")[0], chosen)]
     sites = [Site(n, Base(able[n]), i, len(outermost), able[n] in shared) for i, n in enumerate(outermost)]
     return Found(sites, entries)

@@ -74,7 +74,7 @@ class Regression:
                     p.add_(p.std() * (0.5 * dense + 0.3 * line))
                 else:
                     p.add_(0.3 * dense)
-            x = torch.randn(8, 6, 5, 24, generator=g).to(next(base.parameters()).dtype)
+            x = torch.randn(8, 8, 4, 24, generator=g).to(next(base.parameters()).dtype)
             self.all = [{"x": b, "y": self.teacher(b)} for b in x]
 
     def __call__(self, count: int) -> list[dict[str, Tensor]]:
@@ -109,6 +109,15 @@ def train(
 
 def begun(adapted: Adapted, data: Regression, index: int = 0) -> Adapted:
     return adapted.begin(data, loss, index=index)
+
+
+@cache
+def roberta_base() -> nn.Module:
+    """RoBERTa-base with two labels, shapes without numbers: what papers count parameters on. Copy it before attaching."""
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    with torch.device("meta"):
+        return RobertaForSequenceClassification(RobertaConfig(max_position_embeddings=514, type_vocab_size=1))
 
 
 @torch.no_grad()

@@ -39,7 +39,7 @@ class Elastic(nn.Module):
 
     def allocate(self, saved: dict[str, Tensor]) -> None:
         """Tensors of the saved shapes, None for what was not saved; their values are loaded afterwards."""
-        like = next(self.parameters())
+        like = next(t for t in (*self.parameters(), *self.buffers()) if t.is_floating_point())
         for name in self.shapes():
             now, new = getattr(self, name), None
             if name in saved:

@@ -134,6 +134,7 @@ class Structure(Part):
     default: ClassVar[bool] = False  # what parts stand on when no structure is named
     zero_start: ClassVar[bool] = True  # attaching leaves the output as it is
     fits = staticmethod(is_linear)  # which modules can be sites
+    ties: ClassVar[bool] = False  # modules that share a parameter are trained as one
 
     def build(self, site: Site, make: Make) -> Delta | None:
         raise NotImplementedError

@@ -48,6 +48,7 @@ class Full(Structure):
     paper = "the reference"
     gives = frozenset({"dense", "weight"})
     fits = staticmethod(has_parameters)
+    ties = True
 
     @dataclass
     class Config(StructureConfig):

@@ -84,8 +84,8 @@ class LoRAPro(Part):
     gradients ga, gb of A and B alone; X is free. The run's optimiser steps in the space of W, on that projected
     gradient, and its step is projected again: under train.optimizer sgd this is their SGD form, under adamw their Adam
     form. At B = 0 the formulas give dA = 0, as the paper's first step has it. An anchor or a past is constant, so only
-    A and B count. The authors' runs use rsLoRA's scale (give alpha sqrt(rank)); their code starts Adam's bias correction
-    at its second step, by an oversight that the paper does not share, and rounds the second moment's input to bfloat16.
+    A and B count. The authors' runs use rsLoRA's scale: give alpha sqrt(rank). Their code counts Adam's steps from 2
+    and rounds what enters the second moment to bfloat16; the paper does neither, nor do we.
 
     Cost: AdamW's moments are two [d_out, d_in] a layer, as in full fine-tuning, and a step forms as many again; the
     Gram algebra is [rank, rank] in float32 or wider, by symmetric eigendecompositions, layers of one shape together."""

@@ -60,7 +60,7 @@ class ReLoRA(Part):
     def rate(self, step):
         cycle, warmup = self.cycle(step), self.config.warmup
         number, since = divmod(step.index, cycle)
-        ramp = max(1.0, warmup * cycle) if 0 < warmup < 1 else warmup
+        ramp = warmup * cycle if warmup < 1 else warmup
         return min(1.0, since / ramp) if number and ramp else 1.0
 
     def after_step(self, step):

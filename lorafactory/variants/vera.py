@@ -57,7 +57,7 @@ class Bank(Elastic):
             return []
         if self.kept:
             return ["checksum is not that of A and B: the file is damaged"]
-        return [f"checksum: seed {self.seed} draws another bank here (another torch?): train with save_bank=true"]
+        return [f"checksum: bank_seed {self.seed} draws another bank here (another torch?): train with save_bank=true"]
 
     def allocate(self, saved):
         self.hold(len(saved["checksum"]))
@@ -111,13 +111,13 @@ class VeRA(Structure):
 
     @dataclass
     class Config(StructureConfig):
-        """rank: may exceed a layer's; d_initial: every entry of d at first; seed: draws the bank, whatever the run's
-        seed; save_bank: keep the bank in the checkpoint, else its checksum; dropout: of what A reads."""
+        """rank: may exceed a layer's; d_initial: every entry of d at first; bank_seed: draws the bank, whatever the
+        run's seed; save_bank: keep the bank in the checkpoint, else its checksum; dropout: of what A reads."""
 
         rank: int = 256
         d_initial: float = 0.1
         dropout: float = 0.0
-        seed: int = 0
+        bank_seed: int = 0
         save_bank: bool = False
 
         def check(self):
@@ -127,13 +127,13 @@ class VeRA(Structure):
                 raise UserError("d_initial is 0, as b is: nothing would ever train")
             if not 0 <= self.dropout < 1:
                 raise UserError(f"dropout is {self.dropout}; it must lie in [0, 1)")
-            if not 0 <= self.seed < 2**63:
-                raise UserError(f"seed is {self.seed}; it must lie in [0, 2^63)")
+            if not 0 <= self.bank_seed < 2**63:
+                raise UserError(f"bank_seed is {self.bank_seed}; it must lie in [0, 2^63)")
 
     def __init__(self, config, adapter):
         super().__init__(config, adapter)
         d_in, d_out = max(s.d_in for s in adapter.sites), max(s.d_out for s in adapter.sites)
-        self.bank = Bank(config.rank, d_in, d_out, config.seed, config.save_bank, adapter.sites[0].base.weight)
+        self.bank = Bank(config.rank, d_in, d_out, config.bank_seed, config.save_bank, adapter.sites[0].base.weight)
 
     def build(self, site, make):
         return VeRADelta(self.bank, site, self.config.d_initial, self.config.dropout)

@@ -122,7 +122,7 @@ def test_the_rate_rises_again_from_zero():
         assert found == [1.0] * 10 + 3 * [0, 0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1]
     still = part(setting(every=10, warmup=0)[0])
     assert {still.rate(Step(i, 40, None)) for i in range(40)} == {1.0}
-    short = part(setting(every=0.25, warmup=0.1)[0])  # at least one step, and no cycle of a single one
+    short = part(setting(every=0.25, warmup=0.1)[0])  # the first step stands still, and no cycle is a single one
     assert [short.rate(Step(i, 4, None)) for i in range(4)] == [1, 1, 0, 1]
 
 

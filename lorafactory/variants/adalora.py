@@ -1,0 +1,142 @@
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+import torch.nn as nn
+
+from ..adapter import Elastic, Part
+from ..errors import UserError
+from ..registry import BudgetConfig, register
+
+TRIPLET = ("A", "B", "gate")
+
+
+class Score(Elastic):
+    """Importance of each rank of one pair, from smoothed sensitivities I of |p grad p| and their uncertainty U.
+
+    i_*, u_* have the shapes of A, B, gate; mask [rank] is the last decision. Shrinks with the pair."""
+
+    def __init__(self, low):
+        super().__init__()
+        self.d_in, self.d_out = low.A.shape[1], low.B.shape[0]
+        self.register_buffer("mask", torch.ones_like(low.gate))
+        for n in TRIPLET:
+            for kind in "iu":
+                self.register_buffer(f"{kind}_{n}", torch.zeros_like(getattr(low, n)))
+
+    def shapes(self):
+        each = {"A": ("r", self.d_in), "B": (self.d_out, "r"), "gate": ("r",)}
+        return {"mask": ("r",), **{f"{kind}_{n}": shape for n, shape in each.items() for kind in "iu"}}
+
+    def update(self, low, beta1, beta2):
+        """Eq. 9-11 of the paper, then eq. 8: S = s(gate) + mean_j s(A_kj) + mean_j s(B_jk), [rank]."""
+        s = {}
+        for n in TRIPLET:
+            p, i, u = getattr(low, n), getattr(self, f"i_{n}"), getattr(self, f"u_{n}")
+            now = torch.zeros_like(p) if p.grad is None else (p * p.grad).abs()
+            i.lerp_(now, 1 - beta1)
+            u.lerp_((now - i).abs(), 1 - beta2)
+            s[n] = i * u
+        return s["gate"] + s["A"].mean(1) + s["B"].mean(0)
+
+    def keep(self, index):
+        for name, shape in self.shapes().items():
+            setattr(self, name, getattr(self, name).index_select(shape.index("r"), index))
+
+
+@register("adalora")
+class AdaLoRA(Part):
+    """AdaLoRA: update = s B diag(gate) A, near-orthonormal A and B; the ranks of all layers compete for a budget.
+
+    Zhang et al. 2023. Sensitivity eq. 9-11, importance eq. 8, budget eq. 12: full during `warmup`, then cubic down to
+    `target` ranks a layer on average, reached `final` before the end. variant.rank is the rank at the start. Phases are
+    shares of the steps: they cannot overlap unseen. A masked rank keeps A and B, so it may return while the budget falls;
+    at the end masked ranks are dropped. s = alpha / rank stays, where the authors' code divides by the present rank.
+    Penalty: the paper's sum of |A A^T - I|^2 + |B^T B - I|^2, or, `orthogonality: mean`, the mean of the norms not
+    squared, as its code and PEFT have it."""
+
+    paper = "AdaLoRA, arXiv 2303.10512"
+    axis, needs, does = "budget", frozenset({"low_rank"}), frozenset({"penalty on the factors"})
+
+    @dataclass
+    class Config(BudgetConfig):
+        target: Optional[float] = None  # noqa: UP045  average rank at the end; null: two thirds of the start
+        warmup: float = 0.1
+        final: float = 0.3
+        every: int = 1  # steps between decisions
+        penalty: float = 0.1
+        orthogonality: str = "sum"
+        beta1: float = 0.85
+        beta2: float = 0.85
+
+        def check(self):
+            if not (0 <= self.warmup and 0 <= self.final and self.warmup + self.final < 1):
+                raise UserError(f"warmup={self.warmup} and final={self.final} are shares of the steps and leave none between")
+            if self.target is not None and self.target <= 0:
+                raise UserError(f"target is {self.target}; it must be a positive average rank")
+            if self.every < 1 or self.penalty < 0 or not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+                raise UserError(f"every={self.every} >= 1, penalty={self.penalty} >= 0, betas in [0, 1) are needed")
+            if self.orthogonality not in ("sum", "mean"):
+                raise UserError(f"orthogonality is {self.orthogonality!r}; it takes sum, mean")
+
+    def pairs(self):
+        return [low for _, low in self.adapter.low_ranks()]
+
+    def attach(self):
+        for low in self.pairs():
+            low.add_gate(0.0, unit_norm=True)
+        self.scores = nn.ModuleList(Score(low) for low in self.pairs())
+        start, target = sum(low.rank for low in self.pairs()), self.config.target
+        self.__dict__["target"] = round(start / 1.5 if target is None else target * len(self.pairs()))
+        if self.target > start:
+            raise UserError(f"target {target} is more than the average rank at the start, {start / len(self.pairs()):g}")
+
+    def penalty(self):
+        def off(m):
+            return (m - torch.eye(len(m), dtype=m.dtype, device=m.device)).square().sum()
+
+        pairs = self.pairs()
+        if self.config.orthogonality == "sum":
+            return self.config.penalty * sum(off(low.A @ low.A.T) + off(low.B.T @ low.B) for low in pairs)
+        norms = [off(m).clamp_min(1e-24).sqrt() for low in pairs for m in (low.A @ low.A.T, low.B.T @ low.B)]
+        return self.config.penalty * sum(norms) / len(norms)
+
+    def phases(self, total):
+        """(last step with the full budget, first step with the final one), counted from 1."""
+        return int(self.config.warmup * total), total - int(self.config.final * total)
+
+    def budget(self, t, total):
+        """Ranks of all layers together after step t of total, counted from 1."""
+        start, stop = self.phases(total)
+        full = sum(low.rank for low in self.pairs())
+        least = min(self.target, full)  # a later stage starts with what an earlier one left
+        done = min(1.0, max(0, t - start) / (stop - start))
+        return round(least + (full - least) * (1 - done) ** 3)
+
+    def before_step(self, step):
+        start, stop = self.phases(step.total)
+        if stop - start < 2:
+            raise UserError(f"{step.total} steps leave none between warmup={self.config.warmup} and final={self.config.final}")
+
+    def after_step(self, step):
+        c, pairs, t = self.config, self.pairs(), step.index + 1
+        start, stop = self.phases(step.total)
+        scores = [s.update(low, c.beta1, c.beta2) for s, low in zip(self.scores, pairs, strict=True)]
+        if t == stop or (start < t < stop and t % c.every == 0):
+            flat = torch.cat(scores)
+            mask = torch.zeros_like(flat)
+            mask[flat.topk(self.budget(t, step.total)).indices] = 1
+            for s, m in zip(self.scores, mask.split([low.rank for low in pairs]), strict=True):
+                s.mask.copy_(m)
+        for s, low in zip(self.scores, pairs, strict=True):
+            low.gate.mul_(s.mask)
+
+    def end(self, stage):
+        for s, low in zip(self.scores, self.pairs(), strict=True):
+            index = s.mask.nonzero().flatten()
+            low.keep(index)
+            s.keep(index)
+        return False
+
+    def counters(self):
+        return {"ranks_kept": float(sum(s.mask.sum() for s in self.scores)), "target": float(self.target)}

@@ -1,0 +1,76 @@
+import math
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+
+from .. import probe
+from ..adapter import Part
+from ..errors import UserError
+from ..registry import BudgetConfig, register
+
+LEAST = 50  # points below which the estimate means nothing
+
+
+def two_nn(x: torch.Tensor, estimator: str = "fit") -> float:
+    """Intrinsic dimension of points x [n, d] from the ratios mu of second to first neighbour distances (Facco et al.
+    2017): the slope of -log(1 - F(mu)) over log mu through the origin, the top tenth left out, or n / sum log mu."""
+    x = x.double().unique(dim=0)
+    near = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(math.inf)
+    near = near.topk(2, largest=False).values
+    mu = (near[:, 1] / near[:, 0]).log().sort().values
+    n = len(mu)
+    if estimator == "mle":
+        return float(n / mu.sum())
+    k = int(0.9 * n)
+    y = -torch.log1p(-torch.arange(1, n + 1, dtype=mu.dtype) / n)[:k]
+    return float((mu[:k] * y).sum() / mu[:k].square().sum())
+
+
+@register("gelora")
+class GeLoRA(Part):
+    """GeLoRA: every layer of block i gets rank max(d_{i+1} - d_i, 0) + 1, d the intrinsic dimension of hidden states.
+
+    Ed-dib et al. 2024, sec. 4: d_i where the states enter the block, d_{i+1} where they leave it, by TwoNN, once, before
+    training. Inferred: dimensions are rounded before they are subtracted; 2,000 samples; a sample is the mean of its
+    tokens. A layer outside every block (a pooler) is a block of its own. s = alpha / rank stays; the paper's is 32."""
+
+    paper = "GeLoRA, arXiv 2412.09250"
+    axis, needs = "budget", frozenset({"low_rank", "input"})
+    data = True
+
+    @dataclass
+    class Config(BudgetConfig):
+        samples: int = 2000
+        pooling: str = "mean"  # of a sample's tokens: mean, cls, last
+        estimator: str = "fit"  # or mle
+        scale: Optional[float] = None  # noqa: UP045  s of every layer; null: alpha / rank
+
+        def check(self):
+            for key, allowed in (("pooling", probe.POOLINGS), ("estimator", ("fit", "mle"))):
+                if getattr(self, key) not in allowed:
+                    raise UserError(f"{key} is {getattr(self, key)!r}; it takes {', '.join(allowed)}")
+            if self.samples < LEAST:
+                raise UserError(f"samples is {self.samples}; fewer than {LEAST} say nothing about a dimension")
+            if self.scale is not None and self.scale <= 0:
+                raise UserError(f"scale is {self.scale}; it must be positive")
+
+    def begin(self, stage):
+        if stage.index or self.adapter.loaded:
+            return
+        c = self.config
+        block_of = {site.name: probe.block(stage.model.model, site.name) for site, _ in self.adapter.low_ranks()}
+        states = probe.states(stage, sorted(set(block_of.values())), c.samples, c.pooling)
+        rank = {}
+        for block, (entering, leaving) in states.items():
+            if min(len(entering.unique(dim=0)), len(leaving.unique(dim=0))) < LEAST:
+                raise UserError(f"{len(entering)} samples reached {block}, too few of them distinct: {LEAST} are needed")
+            before, after = (round(two_nn(x, c.estimator)) for x in (entering, leaving))
+            rank[block] = max(after - before, 0) + 1
+        for site, low in self.adapter.low_ranks():
+            low.resize(min(rank[block_of[site.name]], site.d_in, site.d_out))
+            if c.scale is not None:
+                low.scale.fill_(c.scale)
+
+    def counters(self):
+        return {"rank_total": sum(low.rank for _, low in self.adapter.low_ranks())}
