@@ -157,8 +157,10 @@ class Trainer:
         """B35: a delta that no gradient reaches would look like a variant that does not learn."""
         if step >= WATCHED:
             return
+        adapter = self.adapted.adapter
+        idle = adapter.idle()
         deltas = {n.replace("/", "."): [p for p in d.parameters() if p.requires_grad and p.numel()]
-                  for n, d in self.adapted.adapter.deltas.items()}  # fmt: skip
+                  for n, d in adapter.deltas.items() if n not in idle}  # fmt: skip
         missing = {n: ps for n, ps in deltas.items() if ps and n not in self.progress.reached}
         self.progress.reached += [n for n, ps in missing.items() if any(p.grad is not None and p.grad.any() for p in ps)]
         lost = [n for n in missing if n not in self.progress.reached]

@@ -89,6 +89,16 @@ def adamw(groups: list[dict]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=LR, weight_decay=0.0)
 
 
+@torch.no_grad()
+def overall(adapted: Adapted, data: Regression) -> float:
+    """The mean loss over all batches, in evaluation mode."""
+    mode = adapted.training
+    adapted.eval()
+    found = sum(float(loss(adapted, b)) for b in data.all) / len(data.all)
+    adapted.train(mode)
+    return found
+
+
 def train(
     adapted: Adapted, data: Regression, optimizer: Any, steps: int = STEPS, start: int = 0, watch: Callable = lambda i: None
 ) -> list[float]:

@@ -67,6 +67,13 @@ class Adapter(nn.Module):
         """Every whole weight [d_out, d_in] that a delta trains."""
         return ((s, d.dense) for s, d in self.inside(Delta) if isinstance(getattr(d, "dense", None), nn.Parameter))
 
+    def idle(self) -> set[str]:
+        """Keys of the deltas whose pairs a budget left without any rank."""
+        ranks: dict[str, int] = {}
+        for s, low in self.low_ranks():
+            ranks[s.key] = ranks.get(s.key, 0) + low.rank
+        return {k for k, r in ranks.items() if not r}
+
     @property
     def mergeable(self) -> bool:
         return all(d.mergeable for _, d in self.inside(Delta))

@@ -29,14 +29,16 @@ class Score(Elastic):
         return {"mask": ("r",), **{f"{kind}_{n}": shape for n, shape in each.items() for kind in "iu"}}
 
     def update(self, low, beta1, beta2):
-        """Eq. 9-11 of the paper, then eq. 8: S = s(gate) + mean_j s(A_kj) + mean_j s(B_jk), [rank]."""
-        s = {}
+        """Eq. 9-11 of the paper."""
         for n in TRIPLET:
             p, i, u = getattr(low, n), getattr(self, f"i_{n}"), getattr(self, f"u_{n}")
             now = torch.zeros_like(p) if p.grad is None else (p * p.grad).abs()
             i.lerp_(now, 1 - beta1)
             u.lerp_((now - i).abs(), 1 - beta2)
-            s[n] = i * u
+
+    def importance(self):
+        """Eq. 8: S = s(gate) + mean_j s(A_kj) + mean_j s(B_jk), s = I U; [rank]."""
+        s = {n: getattr(self, f"i_{n}") * getattr(self, f"u_{n}") for n in TRIPLET}
         return s["gate"] + s["A"].mean(1) + s["B"].mean(0)
 
     def keep(self, index):
@@ -111,7 +113,7 @@ class AdaLoRA(Part):
         full = sum(low.rank for low in self.pairs())
         least = min(self.target, full)  # a later stage starts with what an earlier one left
         done = min(1.0, max(0, t - start) / (stop - start))
-        return round(least + (full - least) * (1 - done) ** 3)
+        return int(least + (full - least) * (1 - done) ** 3)  # down, as the authors' code
 
     def before_step(self, step):
         start, stop = self.phases(step.total)
@@ -121,9 +123,11 @@ class AdaLoRA(Part):
     def after_step(self, step):
         c, pairs, t = self.config, self.pairs(), step.index + 1
         start, stop = self.phases(step.total)
-        scores = [s.update(low, c.beta1, c.beta2) for s, low in zip(self.scores, pairs, strict=True)]
+        if t < stop:  # the last choice is made on what came before it
+            for s, low in zip(self.scores, pairs, strict=True):
+                s.update(low, c.beta1, c.beta2)
         if t == stop or (start < t < stop and t % c.every == 0):
-            flat = torch.cat(scores)
+            flat = torch.cat([s.importance() for s in self.scores])
             mask = torch.zeros_like(flat)
             mask[flat.topk(self.budget(t, step.total)).indices] = 1
             for s, m in zip(self.scores, mask.split([low.rank for low in pairs]), strict=True):

@@ -55,22 +55,28 @@ class GeLoRA(Part):
             if self.scale is not None and self.scale <= 0:
                 raise UserError(f"scale is {self.scale}; it must be positive")
 
+    def attach(self):
+        self.register_buffer("dimensions", torch.zeros(len(list(self.adapter.low_ranks())), 2))
+
     def begin(self, stage):
         if stage.index or self.adapter.loaded:
             return
         c = self.config
         block_of = {site.name: probe.block(stage.model.model, site.name) for site, _ in self.adapter.low_ranks()}
         states = probe.states(stage, sorted(set(block_of.values())), c.samples, c.pooling)
-        rank = {}
+        dims = {}
         for block, (entering, leaving) in states.items():
             if min(len(entering.unique(dim=0)), len(leaving.unique(dim=0))) < LEAST:
                 raise UserError(f"{len(entering)} samples reached {block}, too few of them distinct: {LEAST} are needed")
-            before, after = (round(two_nn(x, c.estimator)) for x in (entering, leaving))
-            rank[block] = max(after - before, 0) + 1
-        for site, low in self.adapter.low_ranks():
-            low.resize(min(rank[block_of[site.name]], site.d_in, site.d_out))
+            dims[block] = [two_nn(x, c.estimator) for x in (entering, leaving)]
+        for i, (site, low) in enumerate(self.adapter.low_ranks()):
+            self.dimensions[i] = torch.tensor(dims[block_of[site.name]])
+            before, after = dims[block_of[site.name]]
+            low.resize(min(max(round(after) - round(before), 0) + 1, site.d_in, site.d_out))
             if c.scale is not None:
                 low.scale.fill_(c.scale)
 
     def counters(self):
-        return {"rank_total": sum(low.rank for _, low in self.adapter.low_ranks())}
+        entering, leaving = self.dimensions.double().mean(0).tolist()
+        ranks = sum(low.rank for _, low in self.adapter.low_ranks())
+        return {"rank_total": ranks, "dimension_entering": entering, "dimension_leaving": leaving}

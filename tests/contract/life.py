@@ -21,7 +21,7 @@ from support import (
     cloned,
     close,
     linear_sites,
-    loss,
+    overall,
     perturb,
     same,
     small,
@@ -215,11 +215,13 @@ def copies(c: Life, adapted: Adapted) -> None:
 
 def refusals(c: Life, adapted: Adapted) -> None:
     state = cloned(adapted.adapter.state_dict())
-    name = next(n for n in state if state[n].numel())
+    name = next(n for n, t in state.items() if t.numel() and t.dim())
     wrong = {
         "a missing tensor": ({n: t for n, t in state.items() if n != name}, name),
         "an unknown tensor": ({**state, "deltas.fc1.extra": torch.ones(2)}, "extra"),
         "another shape": ({**state, name: state[name].new_zeros(7, 3, 5)}, name),
+        "a longer first dimension": ({**state, name: longer(state[name], 0)}, ""),
+        "a longer last dimension": ({**state, name: longer(state[name], -1)}, ""),
     }
     for what, (given, word) in wrong.items():
         victim = begun(c.build(80), c.data)
@@ -227,6 +229,10 @@ def refusals(c: Life, adapted: Adapted) -> None:
         c.refused(lambda v=victim, g=given: v.adapter.load(g), f"loading {what}", word)
         c.ok(same(victim.adapter.state_dict(), before) and torch.equal(c.output(victim), y), f"refusing {what} leaves traces")
         c.ok(not victim.adapter.loaded, f"refusing {what} counts as loaded")
+
+
+def longer(t: Tensor, dim: int) -> Tensor:
+    return torch.cat([t, t.narrow(dim, 0, 1)], dim)
 
 
 def surroundings(spelling: str) -> list[str]:

@@ -100,7 +100,7 @@ def both(kind, variant, **options):
 
 
 def near(a, b):
-    return a.shape == b.shape and bool((a - b).abs().max() <= 1e-5 * max(1.0, float(b.abs().max())))
+    return a.shape == b.shape and bool((a - b).abs().max() <= 1e-5 * max(1.0, float(b.detach().abs().max())))
 
 
 def output(model, x):

@@ -10,6 +10,7 @@ from lorafactory import UserError, attach, probe, registry
 from lorafactory.variants.gelora import two_nn
 
 SMALL = {"samples": 50}
+CHANGES = {"samples": ([60], {}), "pooling": (["cls"], {}), "estimator": (["mle"], {})}
 
 
 def manifold(d, n=2000, seed=0):
@@ -101,7 +102,7 @@ def test_pooling_by_hand():
 
 def test_too_few_samples_are_refused():
     with pytest.raises(UserError, match="too few"):
-        attach(Blocks(), "gelora", batches=[torch.rand(20, 12)], loss=lambda m, b: m(b).sum())
+        attach(Blocks(), "gelora", rank=4, batches=[torch.rand(20, 12)], loss=lambda m, b: m(b).sum())
     with pytest.raises(UserError, match="fewer than 50"):
         registry.config("gelora", budget={"samples": 20})
     with pytest.raises(UserError, match="mean, cls, last"):

@@ -1,0 +1,59 @@
+"""Where algebra avoids it, training forms no matrix of a layer's own shape [d_out, d_in], forward or backward."""
+
+import pytest
+import torch
+import torch.nn as nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lorafactory import attach
+
+D_IN, D_OUT = 29, 31
+FAST = {
+    "lora": {"rank": 4},
+    "dora": {"rank": 4},
+    "vera": {"rank": 4},
+    "vera+dora": {"rank": 4},
+    "lotr": {"rank": 4, "left": "svd", "core": "svd", "right": "svd"},
+    "lotr+dora": {"rank": 4},
+    "hydra_lora": {"rank": 4},
+    "molora": {"rank": 4},
+    "dora+molora": {"rank": 4},
+    "ia3": {"target_modules": ["0"], "feedforward_modules": ["0"]},
+    "bitfit": {},
+}
+
+
+class Shapes(TorchDispatchMode):
+    """Operations that fill new memory of the shape of W or of its transpose."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight, self.seen = weight, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, torch.Tensor) and sorted(t.shape) == [D_IN, D_OUT] and not self.is_view(t):
+                self.seen.append(str(func))
+        return out
+
+    def is_view(self, t):
+        return t.untyped_storage().data_ptr() == self.weight.untyped_storage().data_ptr()
+
+
+def formed(spelling, options):
+    torch.manual_seed(0)
+    adapted = attach(nn.Sequential(nn.Linear(D_IN, D_OUT)), spelling, **options).train()
+    x = torch.randn(7, D_IN, requires_grad=True)
+    with Shapes(adapted.model[0].weight) as shapes:
+        adapted(x).square().sum().backward()
+    return shapes.seen
+
+
+@pytest.mark.parametrize("spelling", FAST)
+def test_no_dense_matrix_is_formed(spelling):
+    assert formed(spelling, FAST[spelling]) == []
+
+
+def test_the_probe_sees_one():
+    assert formed("full+dora", {})
