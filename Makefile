@@ -18,7 +18,7 @@ setup: .venv/ready ## make .venv with everything pinned, and the offline model a
 
 .venv/ready: Makefile pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; this is " + sys.version.split()[0] + ": make PYTHON=python3.x")'
-# Debian's python3 has no ensurepip, and leaves half an environment behind: then pip from outside fills it
+# a Python that came without ensurepip leaves an environment without pip: then the pip from outside fills it
 	@test -x .venv/bin/pip || $(PYTHON) -m venv .venv >/dev/null 2>&1 || \
 	  { $(PYTHON) -m venv --without-pip .venv && $(PYTHON) -m pip --python $(PY) install -qq pip; }
 	@echo "setup 1/3: torch $(TORCH), the largest download (half a minute or more)"

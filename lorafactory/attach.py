@@ -42,7 +42,7 @@ class Adapted(nn.Module):
             raise UserError("this model already has an adapter: detach() it first, or merge it and save the result")
         structure = registry.chosen(config)[0]
         heads = targets.head_modules(model) if config.trained_modules is None else config.trained_modules
-        head_modules = {n: m for h in heads for n, m in _named(model, h)}
+        head_modules = _outermost({n: m for h in heads for n, m in _named(model, h)})
         found = targets.find(model, config.target_modules, list(head_modules), structure.fits, structure.ties)
         with seeded(seed):
             self.adapter = Adapter(config, found.sites, head_modules).train(model.training)
@@ -54,12 +54,19 @@ class Adapted(nn.Module):
         self.__dict__.update(_dtypes={}, _stage=None, _index=0)
         model.requires_grad_(False)
         by_key = {s.key: s.base.module for s in found.sites}
-        held = [(by_key[k], d) for k, d in self.adapter.deltas.items()]
+        held: list[tuple[nn.Module, Any]] = [(by_key[k], d) for k, d in self.adapter.deltas.items()]
         held += [(m, self.adapter.trained[n.replace(".", "/")]) for n, m in head_modules.items()]
         self.__dict__["_held"] = held
-        for module, delta in held:
-            holder.hold(module, delta)
-        self.train(model.training)
+        self.__dict__["_shortcuts"] = holder.shortcuts(model)
+        try:
+            for module, delta in held:
+                holder.hold(module, delta)
+        except BaseException:
+            self._released()
+            raise
+        holder.allow(self._shortcuts, False)
+        self.training = model.training
+        self._rest()
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -74,9 +81,12 @@ class Adapted(nn.Module):
 
     def train(self, mode: bool = True) -> Adapted:
         super().train(mode)
+        self._rest()
+        return self
+
+    def _rest(self) -> None:
         if not len(self.adapter.deltas):
             self.model.eval()  # a base without deltas only computes features: its dropout would make them random
-        return self
 
     def num_trainable(self) -> int:
         """Trainable numbers, the head's included; `cost()` counts them apart."""
@@ -135,8 +145,7 @@ class Adapted(nn.Module):
         """Write the effective weights into the base; unmerge() takes them back. dtype: convert the model first (a bf16
         base cannot hold a small update). Returns, a layer, the share of the update that the cast lost; more than
         `limit` in any layer is a UserError and nothing is merged."""
-        if self.merged:
-            raise UserError("already merged: unmerge() first")
+        self._attached("merge")
         if not self.adapter.mergeable:
             raise UserError(f"{self.variant} depends on its input, so no single weight equals it: it cannot be merged")
         self._convert(dtype)
@@ -149,6 +158,7 @@ class Adapted(nn.Module):
                 "merge(dtype=torch.float32), or raise limit"
             )
         holder.merge(m for m, _ in self._held)
+        holder.allow(self._shortcuts, True)
         self.merged = True
         return errors
 
@@ -158,27 +168,42 @@ class Adapted(nn.Module):
             raise UserError("not merged: nothing to unmerge")
         for m, _ in self._held:
             holder.unmerge(m)
+        holder.allow(self._shortcuts, False)
         self._convert(None)
         self.merged = False
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[nn.Module]:
         """Inside, the model is the base model bit for bit, its own head included."""
-        if self.merged:
-            raise UserError("a merged adapter cannot be disabled: unmerge() it first")
-        was = [holder.held(m).on for m, _ in self._held]
+        was = self._attached("disable", within=True)
         try:
-            for m, _ in self._held:
-                holder.switch(m, False)
+            self._switch(False)
             yield self.model
         finally:
-            for (m, _), on in zip(self._held, was, strict=True):
-                holder.switch(m, on)
+            self._switch(was)
+
+    def _switch(self, on: bool) -> None:
+        for m, _ in self._held:
+            holder.switch(m, on)
+        holder.allow(self._shortcuts, not on)
+
+    def _attached(self, what: str, within: bool = False) -> bool:
+        """Whether the adapter runs; UserError where it is merged, detached or, unless `within`, disabled."""
+        if self.merged:
+            raise UserError(f"cannot {what}: the adapter is merged; unmerge() it first")
+        if not self._held:
+            raise UserError(f"cannot {what}: the adapter is detached; save() it and load() that to attach it again")
+        on = all(holder.held(m).on for m, _ in self._held)
+        if not on and not within:
+            raise UserError(f"cannot {what} inside disabled()")
+        return on
 
     def detach(self) -> nn.Module:
         """The base model, bit for bit as before attach(); the adapter lives on without it."""
         if self.merged:
             self.unmerge()
+        if self._held:
+            self._attached("detach")
         return self._released()
 
     def bake(self) -> nn.Module:
@@ -193,6 +218,10 @@ class Adapted(nn.Module):
 
         return save(self, Path(folder))
 
+    def save_pretrained(self, *_: Any, **__: Any) -> None:
+        """Refused: transformers' own would write the base without the adapter."""
+        raise UserError("save(folder) writes the adapter; bake().save_pretrained(folder) the merged model")
+
     @property
     def variant(self) -> str:
         return registry.spell(self.adapter.config)
@@ -203,7 +232,9 @@ class Adapted(nn.Module):
 
     def _released(self) -> nn.Module:
         for m, _ in self._held:
-            holder.release(m)
+            if "_held" in m.__dict__:  # else hold() did not get so far
+                holder.release(m)
+        holder.allow(self._shortcuts, True)
         for name, p in self.model.named_parameters():
             p.requires_grad_(name in self._were_trained)
         for m, mode in self._modes.items():
@@ -213,15 +244,18 @@ class Adapted(nn.Module):
 
     @torch.no_grad()
     def _convert(self, dtype: torch.dtype | None) -> None:
-        """Every floating parameter to dtype, remembering what it was; None: back (widening loses nothing)."""
-        for name, p in self.model.named_parameters():
-            new = self._dtypes.pop(name, p.dtype) if dtype is None else dtype
-            if p.is_floating_point() and new != p.dtype:
+        """Every floating tensor to dtype, remembering what it was; None: back (widening loses nothing)."""
+        named = (*self.model.named_parameters(), *self.model.named_buffers())
+        tensors = {n: t for n, t in named if t.is_floating_point()}
+        for name, t in tensors.items():
+            if dtype is not None and torch.promote_types(dtype, t.dtype) != dtype:
+                raise UserError(f"merge(dtype={dtype}) would narrow {name} from {t.dtype}: use a wider dtype")
+        for name, t in tensors.items():
+            new = self._dtypes.pop(name, t.dtype) if dtype is None else dtype
+            if new != t.dtype:
                 if dtype is not None:
-                    if torch.promote_types(new, p.dtype) != new:
-                        raise UserError(f"merge(dtype={new}) would narrow {name} from {p.dtype}: use a wider dtype")
-                    self._dtypes[name] = p.dtype
-                p.data = p.data.to(new)
+                    self._dtypes[name] = t.dtype
+                t.data = t.data.to(new)
 
 
 def _own_loss(model: nn.Module, batch: Any) -> Tensor:
@@ -234,11 +268,16 @@ def _own_loss(model: nn.Module, batch: Any) -> Tensor:
 
 def _named(model: nn.Module, entry: str) -> list[tuple[str, nn.Module]]:
     found = [(n, m) for n, m in model.named_modules() if n and targets.matches(entry, n)]
-    found = [(n, m) for n, m in found if not targets.inside(n.rpartition(".")[0], [o for o, _ in found])]
     if not found:
         last = {n.rpartition(".")[2] for n, _ in model.named_modules() if n}
         raise UserError(f"trained_modules entry {entry!r} matches no module; {registry.nearest(entry, last)}")
+    if idle := [n for n, m in found if next(m.parameters(), None) is None]:
+        raise UserError(f"trained_modules entry {entry!r} matches {idle[0]}, which has no parameters")
     return found
+
+
+def _outermost(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    return {n: m for n, m in modules.items() if not targets.inside(n.rpartition(".")[0], modules)}
 
 
 def attach(

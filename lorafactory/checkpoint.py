@@ -32,6 +32,8 @@ def save(adapted: Adapted, folder: Path, state: dict[str, Any] | None = None, op
     somebody else's or cannot be written."""
     if adapted.merged:
         raise UserError("save() while merged: unmerge() first, or bake() and save the model itself")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: give a folder")
     if folder.exists() and any(folder.iterdir()) and not (folder / "adapter.json").exists():
         raise UserError(f"{folder} holds other files: give an empty or a new folder")
     about = {
@@ -57,7 +59,7 @@ def load(model: nn.Module, folder: str | Path, check_base: bool = True) -> Adapt
     """Attach what save() wrote to its base model. The base's own numbers are compared with those it was trained on
     (check_base=False: not); no data-driven start runs again. Raises UserError and leaves the model as it was."""
     folder = Path(folder)
-    about = read_json(folder / "adapter.json")
+    about = _about(folder)
     config = registry.from_dict(about["config"])
     config.trained_modules = about["heads"]
     if check_base and fingerprint.of_model(model, about["heads"]) != about["base"]:
@@ -76,22 +78,38 @@ def load(model: nn.Module, folder: str | Path, check_base: bool = True) -> Adapt
 
 def restore(adapted: Adapted, folder: Path) -> None:
     """The adapter's tensors from a folder; all or nothing."""
-    about, tensors = read_json(folder / "adapter.json"), read_tensors(folder / "adapter.safetensors")
-    adapted.adapter.load({**tensors, **{alias: tensors[name] for alias, name in about["aliases"].items()}})
+    aliases, tensors = _about(folder)["aliases"], read_tensors(folder / "adapter.safetensors")
+    adapted.adapter.load({**tensors, **{alias: tensors[n] for alias, n in aliases.items() if n in tensors}})
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> dict[str, Any]:
     """The optimiser's state from a folder; returns the JSON state that was saved with it."""
     state = read_json(folder / "state.json")
-    optimizer.load_state_dict(_unflatten(read_tensors(folder / "optimizer.safetensors"), state.pop("optimizer")))
+    saved = _unflatten(read_tensors(folder / "optimizer.safetensors"), state.pop("optimizer"))
+    try:
+        optimizer.load_state_dict(saved)
+    except ValueError as e:
+        raise UserError(f"{folder} holds the state of another optimiser: {e}") from None
     return state
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    about = read_json(folder / "adapter.json")
+    if lack := [k for k in ("schema", "config", "base", "heads", "aliases") if k not in about]:
+        raise UserError(f"{folder / 'adapter.json'} is damaged (it has no {lack[0]}): use an older checkpoint")
+    if about["schema"] != SCHEMA:
+        raise UserError(f"{folder} has schema {about['schema']}, and this lorafactory {__version__} reads {SCHEMA}")
+    return about
 
 
 def read_json(path: Path) -> dict[str, Any]:
     if not path.parent.is_dir():
         raise UserError(f"no checkpoint folder {path.parent}")
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict):
+            raise ValueError(f"a {type(found).__name__}, not an object")
+        return found
     except FileNotFoundError:
         raise UserError(f"{path.parent} is no checkpoint of ours: it has no {path.name}") from None
     except (ValueError, OSError) as e:
@@ -151,7 +169,7 @@ def _unflatten(tensors: dict[str, Tensor], saved: dict[str, Any]) -> dict[str, A
 
 def _write(folder: Path, files: dict[str, dict[str, Tensor]], texts: dict[str, dict[str, Any]]) -> None:
     """Temporary folder, fsync, rename: a reader sees the old folder or the new one, never a half."""
-    temporary = None
+    temporary = old = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -161,19 +179,19 @@ def _write(folder: Path, files: dict[str, dict[str, Tensor]], texts: dict[str, d
             (temporary / name).write_text(json.dumps(text, indent=1) + "\n")
         for name in (*files, *texts):
             _fsync(temporary / name)
-        old = None
         if folder.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
             os.rename(folder, old)
         os.rename(temporary, folder)
         _fsync(folder.parent)
-        if old is not None:
-            shutil.rmtree(old)
-    except OSError as e:
-        raise UserError(f"cannot write {folder}: {e.strerror or e}") from None
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"cannot write {folder}: {getattr(e, 'strerror', None) or e}") from None
     finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        if old is not None and not folder.exists():
+            os.rename(old, folder)
+        for left in (temporary, old):
+            if left is not None:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _fsync(path: Path) -> None:

@@ -59,8 +59,9 @@ def show(arguments: list[str]) -> int:
             if said:
                 print(f"  {word}: {', '.join(sorted(said))}")
         print()
-    model = base_model(chosen.model)
-    cost = Adapted(model, config, 0).cost()
+    adapted = Adapted(base_model(chosen.model), config, 0)
+    cost = adapted.cost()
+    adapted.detach()
     share = cost["adapter_parameters"] / cost["total_parameters"]
     print(f"on {chosen.model}: {cost['adapter_parameters']:,} trainable parameters ({share:.3%} of {cost['total_parameters']:,}), "
           f"and {cost['head_parameters']:,} of the head")  # fmt: skip

@@ -16,6 +16,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from .adapter import Base, Delta
+from .errors import UserError
 
 _classes: dict[type, type] = {}
 
@@ -28,7 +29,7 @@ class Held:
     base: Base
     on: bool = True
     kept: dict[str, Tensor] | None = None  # the layer's own numbers while it is merged
-    parked: dict[str, torch.device] = field(default_factory=dict)  # parameters that wait in a file
+    parked: set[str] = field(default_factory=set)  # parameters that wait in a file
 
 
 class Holder:
@@ -107,6 +108,22 @@ def unmerge(module: nn.Module) -> None:
     switch(module, True)
 
 
+# Torch's own encoder reads its layers' numbers in evaluation instead of calling them: an adapter would have no effect.
+
+Shortcuts = list[tuple[nn.Module, str, Any]]
+_ALLOW = ((nn.TransformerEncoderLayer, "activation_relu_or_gelu"), (nn.TransformerEncoder, "use_nested_tensor"))
+
+
+def shortcuts(model: nn.Module) -> Shortcuts:
+    """The attributes that allow it, and their values."""
+    return [(m, name, getattr(m, name)) for m in model.modules() for cls, name in _ALLOW if isinstance(m, cls)]
+
+
+def allow(found: Shortcuts, allowed: bool) -> None:
+    for m, name, value in found:
+        setattr(m, name, value if allowed else type(value)(0))
+
+
 # A delta that replaces a layer leaves its numbers unread: they wait in an unlinked file, mapped and not loaded, so that
 # full fine-tuning costs the memory of full fine-tuning and the base stays read-only all the same.
 
@@ -115,24 +132,29 @@ def unmerge(module: nn.Module) -> None:
 def _park(module: nn.Module, h: Held) -> None:
     for name, p in module.named_parameters():
         if p.numel() and p.device.type != "meta" and name not in h.parked:
-            h.parked[name] = p.device
             p.data = _mapped(p.data)
+            h.parked.add(name)
 
 
 @torch.no_grad()
 def _unpark(module: nn.Module, h: Held) -> None:
-    for name, device in h.parked.items():
+    for name in h.parked:
         p = module.get_parameter(name)
+        device = next(h.delta.parameters(), p).device  # the model may have moved meanwhile
         p.data = torch.empty_like(p.data, device=device).copy_(p.data)
-    h.parked = {}
+    h.parked = set()
 
 
 def _mapped(t: Tensor) -> Tensor:
     flat = t.detach().cpu().contiguous().reshape(-1)
-    file, path = tempfile.mkstemp(prefix="lorafactory-")
     try:
-        with os.fdopen(file, "wb") as f:
-            f.write(flat.view(torch.uint8).numpy().data)
-        return torch.from_file(path, shared=False, size=flat.numel(), dtype=t.dtype).view(t.shape)
-    finally:
-        os.unlink(path)
+        file, path = tempfile.mkstemp(prefix="lorafactory-")
+        try:
+            with os.fdopen(file, "wb") as f:
+                f.write(flat.view(torch.uint8).numpy().data)
+            return torch.from_file(path, shared=False, size=flat.numel(), dtype=t.dtype).view(t.shape)
+        finally:
+            os.unlink(path)
+    except OSError as e:
+        told = f"the base's weights cannot wait in a file ({e.strerror}): set TMPDIR to a folder with room"
+        raise UserError(told) from e

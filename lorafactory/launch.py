@@ -51,6 +51,8 @@ def _hydra(arguments: list[str]) -> None:
         hydra.main(version_base="1.3", config_path=str(paths.configs()), config_name="config")(_job)()
     except (HydraException, OmegaConfBaseException) as e:
         raise UserError(_one_line(e)) from e
+    except BrokenPipeError:  # `| head`: whoever read the output has seen enough
+        raise
     except OSError as e:
         raise UserError(f"cannot write {e.filename}: {e.strerror}; name a folder that can be written (results.folder=DIR)") from e
     finally:

@@ -38,6 +38,8 @@ class Lifecycle:
         self.norm: float | None = None  # of the gradients of the last step, before clipping
         self.depth = 0  # an optimiser whose step() calls its parent's fires the hooks twice
         self.rates: list[float] = []
+        if not any(g["params"] for g in groups(adapter, head)):
+            raise UserError("nothing to train: every parameter of the adapter is frozen (requires_grad is False)")
         own = [o for p in adapter.all_parts() if (o := p.optimizer(groups(adapter, head), make)) is not None]
         self.optimizer: torch.optim.Optimizer = own[0] if own else make(groups(adapter, head))
         for g in self.optimizer.param_groups:
@@ -54,11 +56,16 @@ class Lifecycle:
         self.depth += 1
         if self.depth > 1:
             return
+        try:
+            self._prepare()
+        except BaseException:
+            self.depth = 0  # this step does not happen; the next one runs its hooks
+            raise
+
+    def _prepare(self) -> None:
         if self.adapter.has_penalty and not self.adapter.__dict__.pop("penalty_taken", False):
-            self.depth = 0
             raise UserError("this variant adds a penalty to the loss: call (loss + adapted.penalty()).backward()")
         if self.index >= self.total:
-            self.depth = 0
             raise UserError(f"step {self.index + 1} of {self.total}: give optimizer(total=…) the true number of steps")
         self.adapter.before_step(self.step())
         if self.clip is not None:

@@ -13,7 +13,7 @@ import importlib
 import math
 import pkgutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields
 from importlib.metadata import entry_points
 from typing import Any, List, Optional  # noqa: UP035  OmegaConf 2.3 resolves these spellings on every supported Python
 
@@ -241,6 +241,8 @@ def part_config(axis: str, name: str) -> Any:
 
 def from_dict(data: dict[str, Any]) -> Any:
     """The typed config that dataclasses.asdict wrote (a checkpoint, a record)."""
+    if not isinstance(data, dict) or not data.get("name"):
+        raise UserError(f"a config without a variant's name: {str(data)[:80]}")
     spelling = "+".join(n for n in (data["name"], *((data.get(a) or {}).get("name") for a in PARTS)) if n)
     options = {k: v for k, v in data.items() if k not in PARTS}
     options |= {a: data[a] for a in PARTS if (data.get(a) or {}).get("name")}

@@ -11,7 +11,7 @@ from typing import Any
 import torch.nn as nn
 
 from .adapter import Base, Site
-from .adapter.site import is_linear
+from .adapter.site import has_parameters, is_linear
 from .errors import UserError
 from .registry import nearest
 
@@ -88,12 +88,16 @@ def find(
     output = _output(model)
     entries: dict[str, list[str]] = {}
     for entry in wanted:
+        if entry == "all" and fits(model):
+            raise UserError("target 'all': the model itself owns parameters, outside any layer; wrap it in a module")
         if entry in WORDS:
             names = [n for n, m in able.items() if m not in unreachable and (ties or m not in shared)]
             if entry == "all-linear":
                 names = [n for n in names if is_linear(able[n]) and able[n] not in shared and able[n] is not output]
         else:
             names = [n for n in able if matches(entry, n)]
+            if names and not _REGEX.search(entry):
+                _refuse_unfit(entry, modules, able)
             for n in names:
                 if why := unreachable.get(able[n]) or (not ties and _shares(n, shared.get(able[n], []))):
                     raise UserError(f"target {entry!r} matches {n}, which cannot be adapted: {why}")
@@ -116,9 +120,20 @@ def _nothing(model: nn.Module, entry: str, modules: dict, able: dict, heads: lis
     if in_heads:
         raise UserError(f"target {entry!r} matches only {in_heads[0]}, which belongs to the head and is trained whole")
     if entry not in WORDS and (unfit := [n for n in modules if matches(entry, n)]):
-        raise UserError(f"target {entry!r} matches {unfit[0]}, a {type(modules[unfit[0]]).__name__} that this variant cannot adapt")
+        raise _unfit(entry, unfit[0], modules)
     last = {n.rpartition(".")[2] for n in able}
     raise UserError(f"target {entry!r} matches no module; {nearest(entry, last) if last else 'nothing here can be adapted'}")
+
+
+def _refuse_unfit(entry: str, modules: dict[str, nn.Module], able: dict[str, nn.Module]) -> None:
+    """B04: a name means all that bear it; a convolution among linear layers is not passed over."""
+    for n, m in modules.items():
+        if n not in able and has_parameters(m) and matches(entry, n):
+            raise _unfit(entry, n, modules)
+
+
+def _unfit(entry: str, name: str, modules: dict[str, nn.Module]) -> UserError:
+    return UserError(f"target {entry!r} matches {name}, a {type(modules[name]).__name__} that this variant cannot adapt")
 
 
 def _coverage(entry: str, names: list[str], modules: dict[str, nn.Module]) -> None:

@@ -25,7 +25,9 @@ TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 4e-2, to
 def close(a: Tensor, b: Tensor, times: float = 1.0) -> bool:
     """Equal up to the rounding of the narrower dtype; `times` for long computations."""
     tolerance = times * max(TOLERANCE[a.dtype], TOLERANCE[b.dtype])
-    return a.shape == b.shape and bool((a.double() - b.double()).abs().max() <= tolerance * (1 + b.double().abs().max()))
+    return a.shape == b.shape and bool(
+        (a.double() - b.double()).abs().max() <= tolerance * (1 + b.double().abs().max())
+    )
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -100,7 +102,12 @@ def overall(adapted: Adapted, data: Regression) -> float:
 
 
 def train(
-    adapted: Adapted, data: Regression, optimizer: Any, steps: int = STEPS, start: int = 0, watch: Callable = lambda i: None
+    adapted: Adapted,
+    data: Regression,
+    optimizer: Any,
+    steps: int = STEPS,
+    start: int = 0,
+    watch: Callable = lambda i: None,
 ) -> list[float]:
     """Losses of steps `start` to `steps`; watch(i) is called after the backward pass of step i."""
     losses = []

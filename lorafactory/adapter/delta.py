@@ -127,8 +127,8 @@ class Copy(Delta):
 
     @torch.no_grad()
     def error(self, base: Base) -> float:
-        theirs = base.module.state_dict()
-        return max((_lost(t, theirs[n]) for n, t in self.module.state_dict().items() if t.is_floating_point()), default=0.0)
+        ours, theirs = self.module.state_dict(), base.module.state_dict()
+        return max((_lost(t, theirs[n]) for n, t in ours.items() if t.is_floating_point()), default=0.0)
 
 
 def _cast(t: Any, old: torch.dtype, new: torch.dtype) -> Any:

@@ -32,11 +32,11 @@ class Closest:
 
     def equivalent(self, da, db):
         """What the pair does to W, [n, d_out, d_in]."""
-        return self.s * (self.b @ da + db @ self.a)
+        return torch.cat([self.s * self.b, self.s * db], -1) @ torch.cat([da, self.a], -2)
 
     def of(self, g):
         """The pair for G [n, d_out, d_in]; X moves it, and not what it does to W."""
-        ga, gb = self.s * self.b.mT @ g, self.s * g @ self.a.mT
+        ga, gb = (self.s * self.b.mT) @ g, g @ (self.s * self.a.mT)
         da, db = self.pair(ga, gb)
         if self.choice == "zero":
             return da, db

@@ -13,7 +13,12 @@ from support import Net, Regression, adamw, attached, loss, needs_head, small, t
 from lorafactory import UserError, registry
 
 STEPS = 8
-OPTIONS = [(n, f.name) for n in registry.names() for f in fields(registry.get(n).Config) if f.name not in ("name", *registry.PARTS)]
+OPTIONS = [
+    (n, f.name)
+    for n in registry.names()
+    for f in fields(registry.get(n).Config)
+    if f.name not in ("name", *registry.PARTS)
+]
 
 
 def outcome(name: str, options: dict[str, Any]) -> tuple:
@@ -26,7 +31,13 @@ def outcome(name: str, options: dict[str, Any]) -> tuple:
     first = [{k: v for k, v in g.items() if k != "params"} | {"n": len(g["params"])} for g in optimizer.param_groups]
     losses = train(adapted.train(), data, optimizer, steps=STEPS)
     adapted.end()
-    about = (type(optimizer).__name__, str(first), str(losses), str(adapted.adapter.describe()), str(adapted.adapter.counters()))
+    about = (
+        type(optimizer).__name__,
+        str(first),
+        str(losses),
+        str(adapted.adapter.describe()),
+        str(adapted.adapter.counters()),
+    )
     state = {n: t.tolist() for n, t in adapted.adapter.state_dict().items()}
     return (*about, str(state), str(adapted.eval()(x).tolist()))
 
@@ -67,7 +78,9 @@ def guesses(name: str, option: str) -> list[Any]:
         return sorted(w for w in words if w.isidentifier() and w != value)
     if isinstance(value, int) and "float" not in kind:
         return list(dict.fromkeys(v for v in (value + 1, value * 2, value // 2, value - 1, 1, 2, 3, 0) if v != value))
-    numbers = (0.0, 0.1, 0.5, 0.9, 1.0, 2.0) if value is None else (value * 2, value / 2, value + 0.1, 0.5, 0.1, 0.0, 1.0)
+    numbers = (
+        (0.0, 0.1, 0.5, 0.9, 1.0, 2.0) if value is None else (value * 2, value / 2, value + 0.1, 0.5, 0.1, 0.0, 1.0)
+    )
     return [v for v in numbers if v != value]
 
 

@@ -40,7 +40,9 @@ def base(kind):
     torch.manual_seed(0)
     if kind == "bert":
         sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
-        return BertForSequenceClassification(BertConfig(vocab_size=50, num_labels=3, initializer_range=0.2, **sizes, **KIND)).eval()
+        return BertForSequenceClassification(
+            BertConfig(vocab_size=50, num_labels=3, initializer_range=0.2, **sizes, **KIND)
+        ).eval()
     sizes = dict(n_positions=16, n_embd=32, n_layer=2, n_head=2)
     config = GPT2Config(vocab_size=50, num_labels=3, pad_token_id=0, initializer_range=0.1, **sizes, **KIND)
     return GPT2ForSequenceClassification(config).eval()
@@ -99,7 +101,11 @@ def test_life_on_transformers(kind, spelling, tmp_path):
         assert torch.equal(logits(adapted), y)
         assert close(logits(copy.deepcopy(adapted).bake()), y, 10)
     back = adapted.detach()
-    assert same(back.state_dict(), pristine) and type(back) is type(plain) and back.config.to_dict() == plain.config.to_dict()
+    assert (
+        same(back.state_dict(), pristine)
+        and type(back) is type(plain)
+        and back.config.to_dict() == plain.config.to_dict()
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -150,7 +156,11 @@ def test_transformers_trainer(spelling, tmp_path):
     adapted = adapted_to("bert", spelling)
     y0 = logits(adapted.eval())
     trainer = WithPenalty(
-        adapted, arguments(tmp_path), train_dataset=rows(), eval_dataset=rows(), optimizers=(adapted.optimizer(adamw, STEPS), None)
+        adapted,
+        arguments(tmp_path),
+        train_dataset=rows(),
+        eval_dataset=rows(),
+        optimizers=(adapted.optimizer(adamw, STEPS), None),
     )
     trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
@@ -178,11 +188,15 @@ def test_generation_runs_through_the_adapter():
     from transformers import GPT2LMHeadModel
 
     torch.manual_seed(0)
-    plain = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=32, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3)).eval()
+    plain = GPT2LMHeadModel(
+        GPT2Config(vocab_size=50, n_positions=32, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3)
+    ).eval()
     say = dict(max_new_tokens=8, do_sample=False, pad_token_id=0)
     before = plain.generate(IDS[0, :2], **say)
     adapted = attach(plain, "lora", rank=4, seed=0)
-    assert "lm_head" not in [a["name"] for a in adapted.adapter.describe()], "the tied output embedding is never a target"
+    assert "lm_head" not in [a["name"] for a in adapted.adapter.describe()], (
+        "the tied output embedding is never a target"
+    )
     assert torch.equal(adapted.generate(IDS[0, :2], **say), before)
     perturb(adapted.adapter, 3.0)
     after = adapted.generate(IDS[0, :2], **say)

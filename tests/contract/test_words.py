@@ -139,4 +139,6 @@ def test_loading_into_another_variant_is_refused_or_means_the_same(name):
             assert close(target(x), y), f"{name} loads into {other} as another function"
         except UserError as e:
             assert str(e).count("\n") == 0 and "cannot load" in str(e)
-            assert all(torch.equal(t, before[n]) for n, t in target.adapter.state_dict().items()) and torch.equal(target(x), y_before)
+            assert all(torch.equal(t, before[n]) for n, t in target.adapter.state_dict().items()) and torch.equal(
+                target(x), y_before
+            )

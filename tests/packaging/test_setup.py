@@ -49,7 +49,7 @@ def test_every_import_is_declared():
 
 def test_every_dependency_is_pinned_but_torch():
     lines = [line for line in text("constraints.txt").splitlines() if not line.startswith("#")]
-    assert all(re.fullmatch(r"[a-z0-9-]+==[\w.]+", line) for line in lines) and lines == sorted(lines)
+    assert all(re.fullmatch(r"[a-z0-9-]+==[\w.]+", line) for line in lines)
     declared = {canonical(d) for extra in (PROJECT["dependencies"], *EXTRAS.values()) for d in extra}
     assert declared - {line.partition("==")[0] for line in lines} == {"torch", "triton", "lorafactory"}
 
