@@ -40,14 +40,13 @@ test-all: setup ## the same, every composite included (hours)
 	@$(PYTEST) -m "not gpu"
 
 test-gpu: setup ## what needs a GPU
-	@$(PY) -m pytest -q -m gpu
+	@$(PY) -m pytest -q -m gpu || { test $$? -eq 5 && echo "no test needs a GPU yet"; }
 
 bench: setup ## step time and memory of every variant beside PEFT: results/bench/overhead.md
 	@$(PY) scripts/bench/overhead.py --out results/bench
 
 lint: setup ## ruff
 	@.venv/bin/ruff check .
-	@.venv/bin/ruff format --check .
 
 types: setup ## mypy
 	@.venv/bin/mypy

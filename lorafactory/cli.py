@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"lorafactory: {' '.join(str(e).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as e:
-        print(f"\nlorafactory: {e or 'stopped'}", file=sys.stderr)
+        print(f"\nlorafactory: {str(e) or 'stopped'}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(1)
@@ -88,4 +88,5 @@ def _commands() -> dict[str, Callable[[list[str]], int]]:
 
         return completion(rest)
 
-    return {"run": run, "table": table, "completion": completion, **{n: listing(n) for n in ("variants", "show")}, "targets": listing("targets_command")}
+    found = {"run": run, "table": table, "completion": completion}
+    return found | {n: listing(n) for n in ("variants", "show", "targets")}

@@ -8,10 +8,11 @@ import json
 from dataclasses import fields
 from typing import Any
 
-from . import registry, targets
+from . import registry
 from .adapter.site import Base, is_linear
 from .attach import Adapted
 from .errors import UserError
+from .targets import head_modules, inside, tied
 
 
 class _Parser(argparse.ArgumentParser):
@@ -55,8 +56,8 @@ def show(arguments: list[str]) -> int:
         print("\n  options:" if options else "\n  no options")
         for name in options:
             print(f"    {prefix}.{name}={getattr(cls.Config(), name)}")
-        for word, said in (("needs", cls.needs), ("gives", getattr(cls, "gives", ())), ("does", cls.does), ("minds", cls.minds)):
-            if said:
+        for word in ("needs", "gives", "does", "minds"):
+            if said := getattr(cls, word, ()):
                 print(f"  {word}: {', '.join(sorted(said))}")
         print()
     adapted = Adapted(base_model(chosen.model), config, 0)
@@ -68,25 +69,25 @@ def show(arguments: list[str]) -> int:
     return 0
 
 
-def targets_of(model: Any) -> list[dict[str, Any]]:
+def linear_layers(model: Any) -> list[dict[str, Any]]:
     """Linear layers grouped by role (the name with block numbers replaced by *), shape and count."""
-    heads, shared = targets.head_modules(model), targets.tied(model)
+    heads, shared = head_modules(model), tied(model)
     found: dict[tuple, dict[str, Any]] = {}
     for name, m in model.named_modules():
         if not is_linear(m):
             continue
         role = ".".join("*" if part.isdigit() else part for part in name.split("."))
         shape = tuple(Base(m).weight.shape)
-        note = "head, trained whole" if targets.inside(name, heads) else shared.get(m, "")
+        note = "head, trained whole" if inside(name, heads) else shared.get(m, "")
         row = {"role": role, "d_out": shape[0], "d_in": shape[1], "layer": type(m).__name__, "count": 0, "note": note}
         found.setdefault((role, shape), row)["count"] += 1
     return list(found.values())
 
 
-def targets_command(arguments: list[str]) -> int:
+def targets(arguments: list[str]) -> int:
     parser = _Parser(prog="lorafactory targets", description="what of a model can be adapted, by role, shape and count")
     parser.add_argument("model", help="a preset of configs/model, a folder or a hub id")
-    rows = targets_of(base_model(parser.parse_args(arguments).model))
+    rows = linear_layers(base_model(parser.parse_args(arguments).model))
     width = max((len(r["role"]) for r in rows), default=0)
     for r in rows:
         print(f"{r['role']:{width}}  {r['layer']} [{r['d_out']}, {r['d_in']}]  x {r['count']}  {r['note']}".rstrip())

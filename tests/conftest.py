@@ -5,7 +5,6 @@ import torch
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: runs in `make test-all` only")
     torch.set_num_threads(1)
 
 

@@ -16,7 +16,6 @@ from support import (
     Net,
     Regression,
     adamw,
-    attached,
     begun,
     cloned,
     close,
@@ -149,13 +148,13 @@ def run(c: Life, adapted: Adapted, folder: Path) -> tuple[dict[int, Path], list[
             killed[i] = folder / f"step-{i}"
             checkpoint.save(adapted, killed[i], {"step": i}, optimizer)
 
+    before = overall(adapted, c.data)
     losses = train(adapted, c.data, optimizer, watch=watch)
-    idle = without_rank(adapted)
+    after = overall(adapted, c.data)
+    c.ok(after < before, f"the loss goes from {before:.4f} to {after:.4f}")
+    idle = tuple(f"deltas.{k}." for k in adapted.adapter.idle())
     for n, p in adapted.adapter.named_parameters():
         c.ok(n in seen or not p.requires_grad or not p.numel() or n.startswith(idle), f"no gradient reaches {n}")
-    rounds = len(c.data.all)  # the same batches again
-    before, after = sum(losses[:rounds]) / rounds, sum(losses[-rounds:]) / rounds
-    c.ok(after < before, f"the loss goes from {before:.4f} to {after:.4f}")
     owned_once(c, adapted, optimizer)
     c.untouched(adapted, "training")
     c.last = cloned(checkpoint._flatten(optimizer.state_dict())[0])
@@ -332,8 +331,7 @@ def merging(c: Life, adapted: Adapted) -> None:
         "the merge report is wrong",
     )
     c.ok(close(c.output(adapted), y, 5), "merge differs")
-    written = not torch.equal(adapted.model.fc1.weight, c.pristine["fc1.weight"])
-    c.ok(written or same_weights(adapted) or "deltas.fc1." in without_rank(adapted), "merge writes nothing")
+    c.ok(not same(adapted.model.state_dict(), c.pristine), "merge writes nothing")
     c.refused(lambda: adapted.disabled().__enter__(), "disabled while merged", "merged")
     c.refused(lambda: adapted.save("nowhere"), "save while merged", "merge")
     c.refused(adapted.merge, "a second merge", "merged")
@@ -372,14 +370,6 @@ def numbers(spelling: str) -> list[str]:
     return c.bad + wide.bad + half(spelling)
 
 
-def without_rank(adapted: Adapted) -> tuple[str, ...]:
-    """Prefixes of deltas whose every pair was given rank 0: nothing routes to them and nothing re-scales them."""
-    ranks: dict[str, int] = {}
-    for site, low in adapted.adapter.low_ranks():
-        ranks[site.key] = ranks.get(site.key, 0) + low.rank
-    return tuple(f"deltas.{key}." for key, rank in ranks.items() if rank == 0)
-
-
 def half(spelling: str) -> list[str]:
     c = Life(spelling, trained_modules=["head"])
     c.base.bfloat16()
@@ -392,9 +382,10 @@ def half(spelling: str) -> list[str]:
     )
     y = adapted(x).detach()
     c.ok(y.dtype == torch.bfloat16 and (not c.zero or close(y, y0)), "attach changes the output in bfloat16")
-    losses = train(adapted, data, adapted.optimizer(adamw, STEPS))
-    before, after = sum(losses[:8]) / 8, sum(losses[-8:]) / 8
-    c.ok(after < before, f"bfloat16 does not train: {losses}")
+    before = overall(adapted, data)
+    train(adapted, data, adapted.optimizer(lambda groups: torch.optim.AdamW(groups, lr=1e-3), 8), steps=8)
+    after = overall(adapted, data)
+    c.ok(after < before, f"in bfloat16 the loss goes from {before:.4f} to {after:.4f}")
     perturb(adapted.adapter, 0.1)
     y = adapted(x).detach()
     if adapted.adapter.mergeable:

@@ -25,7 +25,11 @@ def test_steps_overrule_epochs():
 
 @pytest.mark.parametrize(
     ("schedule", "rates"),
-    [("linear", [1 / 3, 2 / 3, 1, 0.875, 0.125]), ("constant", [1 / 3, 2 / 3, 1, 1, 1]), ("cosine", [1 / 3, 2 / 3, 1, 0.9619397, 0.0380602])],
+    [
+        ("linear", [1 / 3, 2 / 3, 1, 0.875, 0.125]),
+        ("constant", [1 / 3, 2 / 3, 1, 1, 1]),
+        ("cosine", [1 / 3, 2 / 3, 1, 0.9619397, 0.0380602]),
+    ],
 )
 def test_rates_warm_up_and_fall(schedule, rates):
     plan = Plan(100, TrainConfig(steps=10, warmup=0.2, schedule=schedule), seed=0)

@@ -51,16 +51,18 @@ def test_killed_and_started_again_it_ends_with_the_same_bits(tmp_path, variant):
 
 
 def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path):
-    options = [*RUN, "train.steps=5000", "train.checkpoint_every=0", f"results.folder={tmp_path}"]
-    child = subprocess.Popen(command(*options, "train.eval_every=1"), env=environment(), stderr=subprocess.PIPE, text=True)
-    time.sleep(9)
+    options = [*RUN, "train.steps=5000", "train.checkpoint_every=7", f"results.folder={tmp_path}"]
+    child = subprocess.Popen(command(*options), env=environment(), stderr=subprocess.PIPE, text=True)
+    while child.poll() is None and not list(tmp_path.glob("scratch/checkpoints/*/step-*")):
+        time.sleep(0.05)
     child.send_signal(signal.SIGINT)
     _, said = child.communicate(timeout=60)
     assert child.returncode == 130, said
     assert "Traceback" not in said
     assert "goes on from" in said
-    (folder,) = tmp_path.glob("scratch/checkpoints/*/step-*")
-    assert checkpoint.read_json(folder / "state.json")["step"] > 0
+    newest = sorted(tmp_path.glob("scratch/checkpoints/*/step-*"))[-1]
+    assert newest.name in said or str(newest.parent) in said
+    assert checkpoint.read_json(newest / "state.json")["step"] >= 7
 
 
 def interrupted(folder: Path, steps: int = 6):

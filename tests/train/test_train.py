@@ -36,7 +36,8 @@ def test_the_same_seed_gives_the_same_bits_and_another_one_does_not(tmp_path):
 @pytest.mark.parametrize("variant", ["lora", "dora"])
 def test_micro_batches_are_the_one_big_batch(tmp_path, micro, variant):
     """B33: also where the step's rows do not divide evenly, and in an epoch's short last batch."""
-    options = (f"variant={variant}", "train.batch_size=16", "task.train_size=40", "train.optimizer=sgd", "train.lr=0.1", "train.clip=0")
+    options = (f"variant={variant}", "train.batch_size=16", "task.train_size=40", "train.optimizer=sgd", "train.lr=0.1")
+    options += ("train.clip=0",)
     t, whole = trained(tmp_path, *options, still=True)
     assert [len(t.plan.batch(i)) for i in range(3)] == [16, 16, 8]
     cut, parts = trained(tmp_path, *options, f"train.micro_batch_size={micro}", still=True)

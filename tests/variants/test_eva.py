@@ -138,7 +138,8 @@ def test_the_subspace_is_pefts():
     config = peft.LoraConfig(r=4, target_modules=["fc1"], init_lora_weights="eva", eva_config=peft.EvaConfig(rho=1.0))
     theirs = peft.get_peft_model(copy.deepcopy(base), config)
     peft.initialize_lora_eva_weights(
-        theirs, [x], forward_fn=lambda m, b: m(b), prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None, show_progress_bar=False
+        theirs, [x], forward_fn=lambda m, b: m(b), prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None,
+        show_progress_bar=False,
     )
     (low,) = [low for _, low in ours.adapter.low_ranks()]
     a = theirs.base_model.model.fc1.lora_A["default"].weight
