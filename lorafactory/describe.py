@@ -64,7 +64,8 @@ def show(arguments: list[str]) -> int:
     cost = adapted.cost()
     adapted.detach()
     share = cost["adapter_parameters"] / cost["total_parameters"]
-    print(f"on {chosen.model}: {cost['adapter_parameters']:,} trainable parameters ({share:.3%} of {cost['total_parameters']:,}), "
+    print(f"on {chosen.model}: {cost['adapter_parameters']:,} trainable parameters "
+          f"({share:.3%} of {cost['total_parameters']:,}), "
           f"and {cost['head_parameters']:,} of the head")  # fmt: skip
     return 0
 
@@ -78,7 +79,7 @@ def linear_layers(model: Any) -> list[dict[str, Any]]:
             continue
         role = ".".join("*" if part.isdigit() else part for part in name.split("."))
         shape = tuple(Base(m).weight.shape)
-        note = "head, trained whole" if inside(name, heads) else shared.get(m, "")
+        note = "head, trained whole" if inside(name, heads) else "shares its weight" if m in shared else ""
         row = {"role": role, "d_out": shape[0], "d_in": shape[1], "layer": type(m).__name__, "count": 0, "note": note}
         found.setdefault((role, shape), row)["count"] += 1
     return list(found.values())
