@@ -130,6 +130,10 @@ def _train(config: RunConfig, id: str, task: Task, adapted: Adapted, accelerator
     made["optimizer"] = {
         "class": type(optimizer).__name__,
         "steps": progress.step,
+        "groups": [
+            {"lr_scale": g["lr_scale"], "weight_decay": g["weight_decay"], "parameters": sum(p.numel() for p in g["params"])}
+            for g in optimizer.param_groups
+        ],
         "method": adapted.adapter.counters(),
     }
     trainer.checkpoints.clear()
