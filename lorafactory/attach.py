@@ -107,7 +107,7 @@ class Adapted(nn.Module):
         """Give the adapter its values for a stage. batches: a list, or a function n -> n batches; loss: (model, batch)
         -> mean loss; mask: batch -> real positions. Raises UserError where a part starts from data and none came."""
         hungry = [p.name for p in self.adapter.all_parts() if p.data]
-        if hungry and batches is None and not self.adapter.loaded:
+        if hungry and batches is None and not self.adapter.started:
             raise UserError(f"{hungry[0]!r} starts from data: give attach(…, batches=[…]), a list of training batches")
         self.__dict__.update(_index=index, _stage=self._stage_of(batches, loss, mask, index))
         with seeded(self.seed):

@@ -9,6 +9,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from .adapter.delta import exact
+
 
 class Detour(torch.optim.Optimizer):
     """Steps as `inner` does, but for the parameters of own(), which step_own() moves.
@@ -39,8 +41,9 @@ class Detour(torch.optim.Optimizer):
                 loss = closure()
         own = self.own()
         groups = {p: g for g in self.param_groups for p in g["params"]}
-        self._run(p for p in groups if p not in own)
-        self.step_own({p: g for p, g in groups.items() if p in own})
+        with exact():
+            self._run(p for p in groups if p not in own)
+            self.step_own({p: g for p, g in groups.items() if p in own})
         return loss
 
     def change(self, gradients: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:

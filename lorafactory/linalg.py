@@ -1,4 +1,5 @@
-"""Linear algebra that several variants share: batched over leading dimensions, in the inputs' own dtype."""
+"""Linear algebra that several variants share, in the inputs' own dtype; Gram matrices are batched over leading
+dimensions."""
 
 from __future__ import annotations
 
@@ -6,6 +7,20 @@ import torch
 from torch import Tensor
 
 Spectrum = tuple[Tensor, Tensor]  # eigenvalues [..., n], ascending, and eigenvectors [..., n, n]
+
+
+def truncated_svd(m: Tensor, rank: int, niter: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading singular triplets of m [p, q]: U [p, rank], S [rank], V^T [rank, q]; fewer where m has fewer.
+
+    niter 0: exact; otherwise randomised (Halko et al. 2011), on 2 rank directions from torch's generator with that many
+    power iterations."""
+    rank = min(rank, *m.shape)
+    if niter:
+        u, s, v = torch.svd_lowrank(m, min(2 * rank, *m.shape), niter)
+        vt = v.mT
+    else:
+        u, s, vt = torch.linalg.svd(m, full_matrices=False)
+    return u[:, :rank], s[:rank], vt[:rank]
 
 
 def spectrum(gram: Tensor) -> Spectrum:

@@ -4,7 +4,7 @@ A probe runs the model in evaluation mode and puts modes, hooks and the generato
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,9 +23,9 @@ def watching(stage: Stage, modules: dict[str, nn.Module], hook: Callable[[str, A
     stage.model.eval()
 
     def watch(name: str) -> Callable:
-        return lambda module, args, out: hook(name, args[0] if args else None, out)
+        return lambda module, args, kwargs, out: hook(name, args[0] if args else next(iter(kwargs.values()), None), out)
 
-    handles = [m.register_forward_hook(watch(n)) for n, m in modules.items()]
+    handles = [m.register_forward_hook(watch(n), with_kwargs=True) for n, m in modules.items()]
     try:
         with torch.random.fork_rng():
             yield
@@ -50,22 +50,43 @@ def _sites(stage: Stage) -> dict[str, nn.Module]:
     return {s.name: s.base.module for s in stage.model.adapter.sites}
 
 
+def _all_reached(what: str, names: Iterable[str], reached: Iterable[str]) -> None:
+    if lost := [n for n in names if n not in reached]:
+        raise UserError(f"no {what} reached {lost[0]} in the batches of a data-driven start: it must not be a target")
+
+
+class _Rows:
+    """x [..., d] as rows [positions, d] without padding; for the same tensor again the same rows again."""
+
+    def __init__(self, mask: Tensor | None):
+        self.mask, self.last, self.rows = mask, None, torch.empty(0)
+
+    def __call__(self, x: Any) -> Tensor:
+        if x is not self.last:
+            fits = self.mask is not None and x.dim() == 3 and x.shape[:2] == self.mask.shape
+            self.last, self.rows = x, x[self.mask.bool()] if fits and self.mask is not None else x.flatten(0, -2)
+        return self.rows
+
+
 def each_input(
     stage: Stage, batches: int, use: Callable[[str, Tensor], None], done: Callable[[], bool] = lambda: False
 ) -> None:
     """use(site name, x [positions, d_in]) for every batch and site, until done() after a batch; padding is left out
-    where the batch has a mask."""
+    where the batch has a mask. Sites that read one tensor one after another (query, key, value) get the same object x.
+    Raises UserError for a site that is never called."""
+    sites, reached = _sites(stage), set()
     for batch in _lazily(stage, batches):
-        mask = stage.mask(batch)
+        rows = _Rows(stage.mask(batch))
 
-        def hook(name: str, x: Tensor, y: Tensor, mask: Tensor | None = mask) -> None:
-            fits = mask is not None and x.dim() == 3 and x.shape[:2] == mask.shape
-            use(name, x.detach()[mask.bool()] if fits and mask is not None else x.detach().flatten(0, -2))
+        def hook(name: str, x: Any, y: Any, rows: _Rows = rows) -> None:
+            reached.add(name)
+            use(name, rows(x))
 
-        with watching(stage, _sites(stage), hook), torch.no_grad():
+        with watching(stage, sites, hook), torch.no_grad():
             stage.loss(batch)
         if done():
-            return
+            break
+    _all_reached("input", sites, reached)
 
 
 POOLINGS = ("mean", "cls", "last")
@@ -74,15 +95,14 @@ POOLINGS = ("mean", "cls", "last")
 def block(model: nn.Module, name: str) -> str:
     """The block that a module lies in: the outermost element of an nn.ModuleList on its path; without one, itself."""
     path = name.split(".")
-    for i in range(1, len(path)):
-        if isinstance(model.get_submodule(".".join(path[:i])), nn.ModuleList):
-            return ".".join(path[: i + 1])
-    return name
+    on_it = [".".join(path[:i]) for i in range(1, len(path) + 1)]
+    lists = [isinstance(model.get_submodule(n), nn.ModuleList) for n in on_it]
+    return next((n for n, parent, own in zip(on_it[1:], lists, lists[1:], strict=False) if parent and not own), name)
 
 
 def states(stage: Stage, names: list[str], samples: int, pooling: str) -> dict[str, tuple[Tensor, Tensor]]:
     """module name -> (what enters it, what leaves it), each [at most `samples`, d], one vector a sample: the mean of its
-    real tokens, its first or its last one."""
+    real tokens, its first or its last one. Raises UserError for a module that is never called."""
     found: dict[str, tuple[list[Tensor], list[Tensor]]] = {n: ([], []) for n in names}
     modules = {n: stage.model.model.get_submodule(n) for n in names}
     for batch in _lazily(stage, samples):
@@ -96,6 +116,7 @@ def states(stage: Stage, names: list[str], samples: int, pooling: str) -> dict[s
             stage.loss(batch)
         if sum(len(t) for t in found[names[0]][0]) >= samples:
             break
+    _all_reached("state", names, [n for n in names if found[n][0]])
     return {n: (torch.cat(x)[:samples], torch.cat(y)[:samples]) for n, (x, y) in found.items()}
 
 
@@ -115,21 +136,25 @@ def _pooled(x: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
 
 
 def gradients(stage: Stage, batches: int) -> dict[str, Tensor]:
-    """site name -> mean dL/dW [d_out, d_in] in float32, as (dL/dy)^T x: the base needs no requires_grad."""
+    """site name -> mean dL/dW [d_out, d_in] over the batches in float32, as (dL/dy)^T x: the base needs no
+    requires_grad. The sums stay on the CPU: all of them together have the size of the model. Raises UserError for a site
+    without gradient."""
     sums: dict[str, Tensor] = {}
 
     def hook(name: str, x: Tensor, y: Tensor) -> None:
         x = x.detach()
 
         def add(g: Tensor) -> None:
-            w = g.flatten(0, -2).float().T @ x.flatten(0, -2).float()
+            w = (g.flatten(0, -2).float().T @ x.flatten(0, -2).float()).cpu()
             sums[name] = sums[name].add_(w) if name in sums else w
 
         (y if y.requires_grad else y.requires_grad_()).register_hook(add)
 
-    got = list(_lazily(stage, batches))
-    with watching(stage, _sites(stage), hook), torch.enable_grad():
-        for batch in got:
-            trained = [p for p in stage.model.parameters() if p.requires_grad]
+    sites, count = _sites(stage), 0
+    trained = [p for p in stage.model.parameters() if p.requires_grad]
+    with watching(stage, sites, hook), torch.enable_grad():
+        for batch in _lazily(stage, batches):
             torch.autograd.grad(stage.loss(batch), trained, allow_unused=True)
-    return {n: g.div_(len(got)) for n, g in sums.items()}
+            count += 1
+    _all_reached("gradient", sites, sums)
+    return {n: g.div_(count) for n, g in sums.items()}

@@ -138,11 +138,11 @@ def _unfit(entry: str, name: str, modules: dict[str, nn.Module]) -> UserError:
 
 def _coverage(entry: str, names: list[str], modules: dict[str, nn.Module]) -> None:
     """B08: a projection that is missing in some blocks is said, not passed over."""
-    blocks = {n: len(m) for n, m in modules.items() if isinstance(m, nn.ModuleList)}
+    blocks = {n: len(m) for n, m in modules.items() if isinstance(m, nn.ModuleList | nn.Sequential)}
     for stack, count in blocks.items():
         tails = Counter(n[len(stack) + 1 :].partition(".")[2] for n in names if n.startswith(stack + "."))
         for tail, seen in tails.items():
-            if seen < count and (entry not in WORDS and not _REGEX.search(entry)):
+            if tail and seen < count and (entry not in WORDS and not _REGEX.search(entry)):
                 log.warning("target %r: %s.*.%s exists in %d of %d blocks", entry, stack, tail, seen, count)
 
 

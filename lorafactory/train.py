@@ -74,8 +74,8 @@ class Trainer:
         return torch.optim.AdamW(groups, lr=c.lr, betas=(beta1, beta2), weight_decay=c.weight_decay)
 
     def _first_batches(self, count: int) -> Iterator[dict[str, Any]]:
-        """What data-driven starts see: the run's own first training batches, the same in every process."""
-        for step in range(count):
+        """What data-driven starts see: the run's own first training batches, each row once, the same in every process."""
+        for step in range(min(count, self.plan.per_epoch)):
             batch = self.task.collate([self.rows[i] for i in self.plan.batch(step)])
             yield to_device(batch, self.accelerator.device)
 

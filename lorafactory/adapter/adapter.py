@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import registry
 from ..errors import UserError
-from .delta import Copy, Delta
+from .delta import Copy, Delta, exact
 from .elastic import Elastic
 from .low_rank import LowRank
 from .part import Part, Stage, Step, Structure
@@ -28,7 +28,7 @@ class Adapter(nn.Module):
 
     def __init__(self, config: Any, sites: list[Site], heads: dict[str, nn.Module] | None = None):
         super().__init__()
-        self.loaded = False  # its numbers come from a checkpoint: data-driven starts are over
+        self.started = False  # its numbers come from begin() or a checkpoint: data-driven starts are over
         self.memo: dict = {}  # of the copies: tied modules stay tied
         self.__dict__.update(config=config, sites=sites)
         structure, *parts = registry.chosen(config)
@@ -49,7 +49,8 @@ class Adapter(nn.Module):
         return (self.structure, *self.parts.values())  # type: ignore[arg-type]
 
     def _each(self, hook: str, *args: Any) -> list:
-        return [getattr(p, hook)(*args) for p in self.all_parts()]
+        with exact():  # whatever the loop around it does
+            return [getattr(p, hook)(*args) for p in self.all_parts()]
 
     # what is inside, however deeply wrapped
 
@@ -99,6 +100,7 @@ class Adapter(nn.Module):
     @torch.no_grad()
     def begin(self, stage: Stage) -> None:
         self._each("begin", stage)
+        self.started = True
 
     @torch.no_grad()
     def end(self, stage: Stage) -> bool:
@@ -154,7 +156,7 @@ class Adapter(nn.Module):
         for p, m in elastic.items():
             m.allocate(saved[p])
         self.load_state_dict(state)
-        self.loaded = True
+        self.started = True
 
 
 def _wrapped(part: Any, make: Callable[[Site], Delta | None]) -> Callable[[Site], Delta | None]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +14,16 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .site import Base
+
+
+@contextlib.contextmanager
+def exact() -> Iterator[None]:
+    """Autocast off: norms, Gram products and optimiser steps keep the dtype of what they read."""
+    with contextlib.ExitStack() as stack:
+        for kind in ("cpu", "cuda", "mps", "xpu"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def linear(x: Tensor, *weights: Tensor) -> Tensor:

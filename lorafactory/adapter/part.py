@@ -160,7 +160,7 @@ class Init(Part):
     axis = "init"
 
     def begin(self, stage: Stage) -> None:
-        if stage.index == 0 and not self.adapter.loaded:
+        if stage.index == 0 and not self.adapter.started:
             self.start(stage)
 
     def start(self, stage: Stage) -> None:

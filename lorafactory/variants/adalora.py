@@ -52,10 +52,10 @@ class AdaLoRA(Part):
 
     Zhang et al. 2023. Sensitivity eq. 9-11, importance eq. 8, budget eq. 12: full during `warmup`, then cubic down to
     `target` ranks a layer on average, reached `final` before the end. variant.rank is the rank at the start. Phases are
-    shares of the steps: they cannot overlap unseen. A masked rank keeps A and B, so it may return while the budget falls;
-    at the end masked ranks are dropped. s = alpha / rank stays, where the authors' code divides by the present rank.
-    Penalty: the paper's sum of |A A^T - I|^2 + |B^T B - I|^2, or, `orthogonality: mean`, the mean of the norms not
-    squared, as its code and PEFT have it."""
+    shares of the steps: they cannot overlap unseen. A masked rank keeps A and B and trains on until the next decision,
+    so it may return while the budget falls; then the choice is fixed, and at the end what is masked is dropped.
+    s = alpha / rank at the start, as their code has it. Penalty: the paper's sum of |A A^T - I|^2 + |B^T B - I|^2, or,
+    `orthogonality: mean`, the mean of the norms not squared, as their code and PEFT have it."""
 
     paper = "AdaLoRA, arXiv 2303.10512"
     axis, needs, does = "budget", frozenset({"low_rank"}), frozenset({"penalty on the factors"})
@@ -105,7 +105,7 @@ class AdaLoRA(Part):
 
     def phases(self, total):
         """(last step with the full budget, first step with the final one), counted from 1."""
-        return int(self.config.warmup * total), total - int(self.config.final * total)
+        return round(self.config.warmup * total), total - round(self.config.final * total)
 
     def budget(self, t, total):
         """Ranks of all layers together after step t of total, counted from 1."""
@@ -126,18 +126,24 @@ class AdaLoRA(Part):
         if t < stop:  # the last choice is made on what came before it
             for s, low in zip(self.scores, pairs, strict=True):
                 s.update(low, c.beta1, c.beta2)
-        if t == stop or (start < t < stop and t % c.every == 0):
-            flat = torch.cat([s.importance() for s in self.scores])
-            mask = torch.zeros_like(flat)
-            mask[flat.topk(self.budget(t, step.total)).indices] = 1
-            for s, m in zip(self.scores, mask.split([low.rank for low in pairs]), strict=True):
-                s.mask.copy_(m)
-        for s, low in zip(self.scores, pairs, strict=True):
-            low.gate.mul_(s.mask)
+        decide = t == stop or (start < t < stop and t % c.every == 0)
+        if decide:
+            self.choose(self.budget(t, step.total))
+        if decide or t > stop:  # between decisions what is masked may grow back
+            for s, low in zip(self.scores, pairs, strict=True):
+                low.gate.mul_(s.mask)
+
+    def choose(self, count):
+        """Masks that leave the `count` most important ranks of all layers."""
+        scores = [s.importance() for s in self.scores]
+        mask = torch.zeros_like(torch.cat(scores))
+        mask[torch.cat(scores).topk(count).indices] = 1
+        for s, m in zip(self.scores, mask.split([len(i) for i in scores]), strict=True):
+            s.mask.copy_(m)
 
     def end(self, stage):
         for s, low in zip(self.scores, self.pairs(), strict=True):
-            index = s.mask.nonzero().flatten()
+            index = (s.mask + low.gate.detach().abs()).nonzero().flatten()  # training may stop between decisions
             low.keep(index)
             s.keep(index)
         return False

@@ -42,6 +42,13 @@ class DoRADelta(Wrapper):
     def weight(self, base):
         return self.gain(base)[:, None] * self.inner.weight(base)
 
+    def forward(self, x, base):
+        # g (y + u - bias) + bias in two passes; rounded to y's dtype once, at the end
+        y, b = base(x), self.bias(base)
+        g = self.gain(base)
+        v = y.to(g.dtype) + self.inner.update(x, base, y)
+        return (g * v if b is None else torch.addcmul(b - g * b, g, v)).to(y.dtype)
+
     def update(self, x, base, y):
         # (g - 1) y + g u: near g = 1, where training starts and mostly stays, no digits cancel
         g = self.gain(base)

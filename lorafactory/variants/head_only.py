@@ -15,7 +15,9 @@ class HeadOnly(Structure):
     class Config(StructureConfig):
         def check(self):
             if self.target_modules != ["all-linear"]:
-                raise UserError(f"target_modules={self.target_modules} has no meaning here: no layer is adapted; leave it out")
+                raise UserError(
+                    f"target_modules={self.target_modules} has no meaning here: no layer is adapted; leave it out"
+                )
 
     def build(self, site, make):
         return None

@@ -55,7 +55,7 @@ class InputScaled(Scaled):
 class IA3(Structure):
     """IA3: keys, values and the hidden activation of each feed-forward block are multiplied by trained vectors l.
 
-    Liu et al. 2022, sec. 3.3. A key or value projection is scaled at its output, W = diag(l) W0 and bias l * b; the
+    Liu et al. 2022. A key or value projection is scaled at its output, W = diag(l) W0 and bias l * b; the
     second feed-forward layer at its input, W = W0 diag(l). (The authors scale the output of a gated block's linear
     half, the same function.) Which layers these are only their names tell: grouped-query keys are as narrow as a second
     feed-forward layer. The defaults know the names of BERT, GPT-2, Llama, T5, ViT and their kin; any other model is

@@ -2,7 +2,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import probe
+from .. import linalg, probe
 from ..adapter import Init
 from ..errors import UserError
 from ..registry import InitConfig, register
@@ -17,7 +17,8 @@ class LoRAGA(Init):
 
     Wang et al. 2024, theorem 3.1: direction ArB2r is A = V[:, :r]^T, B = U[:, r:2r]; scale `stable` multiplies both by
     d_out^(1/4) / sqrt(gamma). The paper subtracts s B A from W0; here it is the anchor. Its authors recommend
-    s = alpha / sqrt(rank). PEFT also multiplies B by singular values of G, which the paper and its code do not."""
+    s = alpha / sqrt(rank), and take G with dropout on; here it is off. PEFT also multiplies B by singular values of G
+    and leaves A out of `stable`, which the paper and its authors' code do not."""
 
     paper = "LoRA-GA, arXiv 2407.05000"
     needs = frozenset({"low_rank", "additive"})
@@ -30,13 +31,15 @@ class LoRAGA(Init):
         scale: str = "stable"
         gamma: float = 16.0  # of the scale `stable`
         norm_clip: bool = False  # shrink where max |s B A| > max |W0|
+        niter: int = 4  # of a randomised SVD; 0: the exact one
 
         def check(self):
             for key, allowed in (("direction", DIRECTIONS), ("scale", SCALES)):
                 if getattr(self, key) not in allowed:
                     raise UserError(f"{key} is {getattr(self, key)!r}; it takes {', '.join(allowed)}")
-            if self.batches < 1 or self.gamma <= 0:
-                raise UserError(f"batches={self.batches}, gamma={self.gamma}: both must be positive")
+            if self.batches < 1 or self.gamma <= 0 or self.niter < 0:
+                given = f"batches={self.batches}, gamma={self.gamma}, niter={self.niter}"
+                raise UserError(f"{given}: the first two must be positive, niter 0 or more")
 
     def start(self, stage):
         for site, low in self.adapter.low_ranks():
@@ -45,12 +48,12 @@ class LoRAGA(Init):
                 raise UserError(f"rank {low.rank} takes {2 * low.rank} singular vectors of {site.name}: at most {most}")
         grads = probe.gradients(stage, self.config.batches)
         for site, low in self.adapter.low_ranks():
-            u, _, vt = torch.linalg.svd(grads[site.name].to(low.A.dtype), full_matrices=False)
+            u, _, vt = linalg.truncated_svd(grads[site.name].to(low.A), 2 * low.rank, self.config.niter)
             left, right = self.columns(low.rank)
             a, b = vt[right], u[:, left]
             size = self.size(site, low)
             if self.config.norm_clip:
-                most = (low.scale * size**2 * (b @ a)).abs().max()
+                most = (low.scale * size**2 * b @ a).abs().max()
                 size = size * (site.base.weight.abs().max() / most).clamp_max(1).sqrt()
             low.start(size * a, size * b)
 
@@ -64,8 +67,8 @@ class LoRAGA(Init):
                 return first, second
             case "ArBr":
                 return torch.arange(0, 2 * r, 2), torch.arange(1, 2 * r, 2)
-        chosen = torch.randperm(2 * r)[:r]
-        return chosen, chosen
+        mixed = torch.randperm(2 * r)
+        return mixed[:r], mixed[r:]
 
     def size(self, site, low):
         """What both factors are multiplied by, []."""
@@ -75,6 +78,6 @@ class LoRAGA(Init):
             case "gd":
                 return 1 / low.scale
             case "weightS":
-                s = torch.linalg.svdvals(site.base.weight.to(low.A.dtype))[: low.rank]
-                return (s / low.scale).sqrt().mean()
+                w = site.base.weight.to(low.A.dtype)
+                return (linalg.truncated_svd(w, low.rank, self.config.niter)[1] / low.scale.abs()).sqrt().mean()
         return low.A.new_tensor(1.0)

@@ -143,7 +143,7 @@ class LoTR(Structure):
         return LoTRDelta(self.banks[self.key(site)])
 
     def begin(self, stage):
-        if stage.index == 0 and not self.adapter.loaded:
+        if stage.index == 0 and not self.adapter.started:
             for bank in self.banks.values():
                 self.start(bank, [(s, d) for s, d in self.adapter.inside(LoTRDelta) if d.bank is bank])
 

@@ -1,7 +1,6 @@
 from dataclasses import dataclass
 
-import torch
-
+from .. import linalg
 from ..adapter import Init
 from ..errors import UserError
 from ..registry import InitConfig, register
@@ -26,11 +25,6 @@ class PiSSA(Init):
 
     def start(self, stage):
         for site, low in self.adapter.low_ranks():
-            w = site.base.weight.to(low.A.dtype)
-            if self.config.niter:
-                u, s, v = torch.svd_lowrank(w, min(low.rank + 8, *w.shape), self.config.niter)
-                vt = v.T
-            else:
-                u, s, vt = torch.linalg.svd(w, full_matrices=False)
-            root = (s[: low.rank] / low.scale).sqrt()
-            low.start(root[:, None] * vt[: low.rank], u[:, : low.rank] * root)
+            u, s, vt = linalg.truncated_svd(site.base.weight.to(low.A.dtype), low.rank, self.config.niter)
+            root = (s / low.scale.abs()).sqrt()
+            low.start(root[:, None] * vt, u * root * low.scale.sign())

@@ -100,7 +100,7 @@ class VeRADelta(Elastic, Delta):
 class VeRA(Structure):
     """VeRA: W = W0 + diag(b) B diag(d) A; A [rank, d_in], B [d_out, rank] frozen, random and shared by all layers.
 
-    Kopiczko et al. 2023, eq. 2. Only b [d_out], zero at first, and d [rank] train. Layers of different shapes take
+    Kopiczko et al. 2023. Only b [d_out], zero at first, and d [rank] train. Layers of different shapes take
     slices of one bank as large as the largest; it is PEFT's for the same seed, up to rounding. There is no alpha.
 
     Cost: rank (d_in + d_out) products a position forward, the same backward for x alone (the bank has no gradient),

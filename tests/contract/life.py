@@ -15,7 +15,6 @@ from support import (
     STEPS,
     Net,
     Regression,
-    adamw,
     begun,
     cloned,
     close,
@@ -30,7 +29,12 @@ from torch import Tensor
 
 from lorafactory import Adapted, UserError, checkpoint, load, registry
 
+LR = 2e-3  # small enough for what multiplies it
 SNAPSHOTS = (5, 11)  # steps after which a run is killed and goes on
+
+
+def adamw(groups: list[dict]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=LR, weight_decay=0.0)
 
 
 class Life:
@@ -243,7 +247,6 @@ def refusals(c: Life, adapted: Adapted) -> None:
             same(victim.adapter.state_dict(), before) and torch.equal(c.output(victim), y),
             f"refusing {what} leaves traces",
         )
-        c.ok(not victim.adapter.loaded, f"refusing {what} counts as loaded")
 
 
 def longer(t: Tensor, dim: int) -> Tensor:
@@ -383,7 +386,7 @@ def half(spelling: str) -> list[str]:
     y = adapted(x).detach()
     c.ok(y.dtype == torch.bfloat16 and (not c.zero or close(y, y0)), "attach changes the output in bfloat16")
     before = overall(adapted, data)
-    train(adapted, data, adapted.optimizer(lambda groups: torch.optim.AdamW(groups, lr=1e-3), 8), steps=8)
+    train(adapted, data, adapted.optimizer(adamw, 8), steps=8)
     after = overall(adapted, data)
     c.ok(after < before, f"in bfloat16 the loss goes from {before:.4f} to {after:.4f}")
     perturb(adapted.adapter, 0.1)

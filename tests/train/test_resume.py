@@ -13,6 +13,7 @@ from runs import TINY, command, environment, lorafactory, trainer
 
 from lorafactory import checkpoint, record
 
+SLOW = [pytest.param(f"variant={v}", marks=pytest.mark.slow) for v in ("lora", "adalora", "lora_pro", "galore", "relora")]
 RUN = ["run", *TINY, "train.steps=30", "train.checkpoint_every=3", "train.batch_size=16", "train.micro_batch_size=6"]
 
 
@@ -30,11 +31,11 @@ def numbers(results: Path) -> dict:
 
 
 @pytest.mark.parametrize(
-    "variant", ["variant=dora+pissa+lora_plus", pytest.param("variant=lora", marks=pytest.mark.slow), "variant=full"]
+    "variant", ["variant=dora+pissa+lora_plus", "variant=full", *SLOW]
 )
 def test_killed_and_started_again_it_ends_with_the_same_bits(tmp_path, variant):
     options = [*RUN, variant, "train.eval_every=4", "train.keep=best"]
-    if "full" not in variant:
+    if variant not in ("variant=full", "variant=galore"):
         options.append("variant.dropout=0.2")
     undisturbed, killed = tmp_path / "a", tmp_path / "b"
     assert lorafactory(*options, f"results.folder={undisturbed}").returncode == 0

@@ -1,9 +1,11 @@
 """AdaLoRA: the paper's scores and budget by hand, ranks that compete, and what a loop must not forget."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn as nn
 from support import Net, Regression, adamw, attached, close, loss, train
 
 from lorafactory import UserError, attach, load, registry
@@ -67,11 +69,33 @@ def test_ranks_fall_to_the_target_and_go_at_the_end(tmp_path):
 
 
 def test_a_masked_rank_keeps_its_factors_and_may_return():
-    _, data, adapted = built(target=2.0)
-    train(adapted, data, adapted.optimizer(adamw, 16), steps=9)
+    """Every second step decides; in between what was masked trains on, and in the end it does not."""
+    _, data, adapted = built(target=2.0, every=2, warmup=2 / 16, final=4 / 16)
+    counts = []
+
+    class Counting(torch.optim.AdamW):
+        def zero_grad(self, *args):
+            super().zero_grad(*args)
+            counts.append(gates(adapted))
+
+    train(adapted, data, adapted.optimizer(lambda groups: Counting(groups, lr=5e-3, weight_decay=0.0), 16))
+    after = counts[1:]  # the number of gates that are not zero after each step but the last
+    want = [part(adapted).budget(t, 16) for t in range(1, 16)]
+    for t, (got, budget) in enumerate(zip(after, want, strict=True), 1):
+        decided = t >= 12 or (t > 2 and t % 2 == 0)
+        assert got == (budget if decided else 16), t
     for _, low in adapted.adapter.low_ranks():
         assert low.rank == 4 and low.A.norm(dim=1).min() > 0
-    assert 8 <= gates(adapted) < 16
+
+
+def test_training_that_stops_between_decisions_keeps_its_function():
+    _, data, adapted = built(target=2.0, every=3)
+    train(adapted, data, adapted.optimizer(adamw, 16), steps=7)
+    assert part(adapted).counters()["ranks_kept"] < 16 == gates(adapted)
+    x = torch.randn(5, 24)
+    y = adapted(x)
+    adapted.end()
+    assert torch.equal(adapted(x), y)
 
 
 def test_the_penalty_is_zero_for_orthonormal_factors_and_the_papers_otherwise():
@@ -123,40 +147,83 @@ def test_a_run_too_short_for_its_phases_is_refused_at_its_first_step():
         optimizer.step()
 
 
-def test_scores_and_masks_are_pefts():
-    """PEFT's allocator on the same weights and gradients: the same ranks go, step by step."""
-    peft = pytest.importorskip("peft")
-    from peft.tuners.adalora import RankAllocator
+class WithLoss(nn.Module):
+    """PEFT adds its penalty to an output's loss."""
 
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, batch):
+        return SimpleNamespace(loss=loss(self.net, batch))
+
+
+LAYERS = ("fc1", "fc2", "fc3")
+TRIPLET = {"A": "lora_A", "B": "lora_B", "gate": "lora_E"}
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_training_is_pefts(every):
+    """Sixteen steps of both: losses with the penalty, gradients, scores, masks, parameters and outputs."""
+    peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     total, base = 16, Net()
-    config = peft.AdaLoraConfig(
-        target_modules=["fc1", "fc2", "fc3"], init_r=4, target_r=2, tinit=2, tfinal=4, deltaT=1, total_step=total, lora_alpha=4
-    )
-    theirs = peft.get_peft_model(copy.deepcopy(base), config)
-    ours = attach(base, "adalora", rank=4, alpha=4.0, target_modules=["fc1", "fc2", "fc3"],
-                  budget={"target": 2.0, "warmup": 2 / total, "final": 4 / total})  # fmt: skip
-    allocator, lows = RankAllocator(theirs.base_model.model, config, "default"), dict(ours.adapter.low_ranks())
-    scores = part(ours).scores
-    for step in range(1, 13):
-        g = torch.Generator().manual_seed(step)
-        for site, low in lows.items():
-            layer = getattr(theirs.base_model.model, site.name)
-            for p, q in ((low.A, layer.lora_A["default"]), (low.B, layer.lora_B["default"]), (low.gate, layer.lora_E["default"])):
-                v, dv = torch.randn(p.shape, generator=g), torch.randn(p.shape, generator=g)
-                with torch.no_grad():
-                    p.copy_(v)
-                    q.copy_(v.view(q.shape))
-                p.grad, q.grad = dv.clone(), dv.view(q.shape).clone()
+    data = Regression(base)
+    config = peft.AdaLoraConfig(target_modules=list(LAYERS), init_r=4, target_r=2, tinit=2, tfinal=4, deltaT=every,
+                                total_step=total, lora_alpha=6, orth_reg_weight=0.3)  # fmt: skip
+    theirs = peft.get_peft_model(WithLoss(copy.deepcopy(base)), config)
+    budget = {"target": 2.0, "warmup": 2 / total, "final": 4 / total, "every": every}
+    budget |= {"penalty": 0.3, "orthogonality": "mean"}
+    options = {"rank": 4, "alpha": 6.0, "target_modules": list(LAYERS), "trained_modules": []}
+    ours = attach(copy.deepcopy(base), "adalora", budget=budget, **options)
+    net, lows = theirs.base_model.model.net, {site.name: low for site, low in ours.adapter.low_ranks()}
+    triplets = [(n, k, getattr(lows[n], k), getattr(net.get_submodule(n), kind)["default"])
+                for n in LAYERS for k, kind in TRIPLET.items()]  # fmt: skip
+    with torch.no_grad():
+        for _, _, p, q in triplets:
+            p.copy_(q.view_as(p))
+    optimizers = ours.optimizer(adamw, total), adamw([q for *_, q in triplets])
+    scores = dict(zip(LAYERS, part(ours).scores, strict=True))
+    allocator = theirs.base_model.rankallocator
+    for t in range(1, total + 1):
+        batch = data(t)[t - 1]
+        for o in optimizers:
+            o.zero_grad()
+        a, b = loss(ours, batch) + ours.penalty(), theirs.base_model(batch).loss
+        a.backward()
+        b.backward()
+        assert close(a.detach(), b.detach()), t
+        assert all(near(p.grad, q.grad.view_as(p)) for _, _, p, q in triplets), t
+        for o in optimizers:
+            o.step()
+        theirs.base_model.update_and_allocate(t)
+        for n, k, p, q in triplets:
+            assert near(p.detach(), q.detach().view_as(p)), (t, n, k)
+            assert k != "gate" or torch.equal(p == 0, q.flatten() == 0), (t, n)
+            if t < total - 4:  # afterwards PEFT forgets them
+                kept = allocator.exp_avg_ipt, allocator.exp_avg_unc
+                key = f"net.{n}.{TRIPLET[k]}.default"
+                for kind, average in zip("iu", kept, strict=True):
+                    mine = getattr(scores[n], f"{kind}_{k}")
+                    assert mine.max() > 0 and near(mine, average[key].view_as(mine), 1e-5 * float(mine.max())), (t, n, k)
+    assert sum(int((low.gate != 0).sum()) for low in lows.values()) == 6
+    x = torch.randn(5, 24)
+    assert near(ours(x).detach(), net(x).detach())
 
-        class Now:
-            index = step - 1
 
-        Now.total = total
-        with torch.no_grad():
-            part(ours).after_step(Now)
-        allocator.update_and_allocate(theirs.base_model.model, step)
-        mine = {site.name: low.gate != 0 for site, low in lows.items()}
-        for name, mask in mine.items():
-            assert torch.equal(mask, (getattr(theirs.base_model.model, name).lora_E["default"] != 0).flatten()), (step, name)
-    assert len(scores) == 3
+def near(a, b, tolerance=1e-5):
+    """PEFT divides by the rank + 1e-5."""
+    return bool((a - b).abs().max() <= tolerance * max(1.0, float(b.abs().max())))
+
+
+def test_the_budget_is_pefts():
+    peft = pytest.importorskip("peft.tuners.adalora.layer")
+    _, _, adapted = built(target=2.0, warmup=0.13, final=0.24)
+    for total in (16, 50, 101):
+        start, stop = part(adapted).phases(total)
+        assert (start, total - stop) == (round(0.13 * total), round(0.24 * total))
+        config = SimpleNamespace(beta1=0.5, beta2=0.5, target_r=2, tinit=start, tfinal=total - stop, total_step=total, deltaT=1)
+        allocator = peft.RankAllocator(nn.Module(), config, "default")
+        allocator.init_bgt, allocator.target_bgt = 16, 8
+        for t in range(1, total + 1):
+            assert part(adapted).budget(t, total) == allocator.budget_schedule(t)[0], (t, total)

@@ -1,28 +1,70 @@
-"""EVA: the exact principal directions of the inputs, and ranks where they explain most."""
+"""EVA: principal directions of the inputs, and ranks where they explain most."""
 
 import copy
 
 import pytest
 import torch
 import torch.nn as nn
-from support import Net, Regression, attached, close
+from support import Net, Regression, adamw, attached, close
 
 from lorafactory import UserError, attach, load, registry
-from lorafactory.variants.eva import Moments
+from lorafactory.variants.eva import EVA, Components
 
 SMALL = {"batches": 8, "tau": 1.0}
-CHANGES = {"tau": ([0.001], {}), "batches": ([1], {}), "rho": ([1.0], {})}
+CHANGES = {"tau": ([0.001], {}), "batches": ([1], {}), "rho": ([1.0], {}), "niter": ([0], {})}
 
 
-def test_moments_are_the_covariance_of_all_rows_however_they_come():
-    x = torch.randn(50, 6, dtype=torch.float64) @ torch.randn(6, 6, dtype=torch.float64) + 3
-    m = Moments()
-    for part in x.split([1, 9, 40]):
-        m.add(part)
-    assert torch.allclose(m.scatter / 49, torch.cov(x.T))
-    values, vectors, total = m.components(3)
-    assert torch.allclose(total, torch.cov(x.T).trace() * 49)
-    assert torch.allclose(vectors @ vectors.T, torch.eye(3, dtype=torch.float64), atol=1e-9)
+def decaying(n, d, rate, **kind):
+    """n rows whose directions have standard deviations 1, rate, rate^2 ..., rotated and shifted."""
+    q, _ = torch.linalg.qr(torch.randn(d, d, **kind))
+    return torch.randn(n, d, **kind) * rate ** torch.arange(float(d), **kind) @ q + 3
+
+
+def fitted(parts, k, niter=0):
+    pca = Components(k, niter)
+    for part in parts:
+        pca.add(part)
+    return pca
+
+
+def test_nothing_cut_off_it_is_the_covariance_of_all_rows_however_they_come():
+    x = decaying(50, 6, 0.8, dtype=torch.float64)
+    pca = fitted(x.split([1, 9, 40]), 6)
+    values, vectors = torch.linalg.eigh(torch.cov(x.T))
+    assert close(pca.s.square() / 49, values.flip(0))
+    assert close((pca.v * vectors.T.flip(0)).sum(1).abs(), torch.ones(6, dtype=torch.float64))
+    assert close(pca.explained(), values.flip(0) / values.sum())
+    assert close(pca.mean, x.mean(0))
+
+
+def test_the_incremental_pca_is_pefts():
+    """Cut off at 5 of 24 directions after each of several batches."""
+    peft = pytest.importorskip("peft.utils.incremental_pca")
+    theirs, parts = peft.IncrementalPCA(n_components=5), decaying(300, 24, 0.7).split([40, 100, 60, 100])
+    for i in range(len(parts)):
+        theirs.partial_fit(parts[i])
+        ours = fitted(parts[: i + 1], 5)
+        assert close(ours.s, theirs.singular_values_)
+        assert close(ours.explained().float(), theirs.explained_variance_ratio_)
+        assert close((ours.v * theirs.components_).sum(1).abs(), torch.ones(5))
+
+
+def test_the_randomised_svd_finds_the_same_and_the_seed_settles_it():
+    parts = decaying(300, 24, 0.7).split(100)
+    torch.manual_seed(1)
+    one = fitted(parts, 5, 4)
+    torch.manual_seed(1)
+    assert torch.equal(one.v, fitted(parts, 5, 4).v)
+    exact = fitted(parts, 5)
+    assert close(one.s, exact.s, 20) and close((one.v * exact.v).sum(1).abs(), torch.ones(5), 20)
+
+
+def test_the_factor_holds_the_space_that_the_inputs_lie_in():
+    span = torch.linalg.qr(torch.randn(24, 3))[0].T
+    adapted = attach(nn.Sequential(nn.Linear(24, 30)), "eva", rank=4, init=dict(rho=1.0), loss=lambda m, b: m(b).sum(),
+                     batches=[torch.randn(9, 3) @ span + 1 for _ in range(4)])  # fmt: skip
+    ((_, low),) = adapted.adapter.low_ranks()
+    assert close(span @ low.A.T @ low.A, span, 10)
 
 
 class Two(nn.Module):
@@ -36,23 +78,21 @@ class Two(nn.Module):
         return self.line(x[..., :1] * torch.arange(1.0, 9.0)) + self.flat(x)
 
 
-def ranks(rho, **options):
+def two(rank=2, model=None, batches=None, **options):
     torch.manual_seed(0)
-    model = Two()
-    batches = [torch.randn(64, 8) for _ in range(3)]
-    adapted = attach(
-        model, "eva", rank=2, batches=batches, loss=lambda m, b: m(b).square().mean(), init={"rho": rho, **options}
-    )
+    batches = batches or [torch.randn(64, 8) for _ in range(3)]
+    model, task = model or Two(), lambda m, b: m(b).square().mean()
+    adapted = attach(model, "eva", rank=rank, batches=batches, loss=task, init=options)
     return adapted, {site.name: low for site, low in adapted.adapter.low_ranks()}
 
 
 def test_ranks_go_by_pooled_explained_variance():
     """By hand: the line explains 1.0, 0, 0, 0; the flat one about 1/8 each: 1.0, and then three of the flat."""
-    _, low = ranks(2.0)
+    _, low = two(rho=2.0)
     assert (low["line"].rank, low["flat"].rank) == (1, 3)
     direction = torch.arange(1.0, 9.0) / torch.arange(1.0, 9.0).norm()
     assert close((low["line"].A[0] @ direction).abs(), torch.tensor(1.0), 10)
-    _, low = ranks(1.0)
+    _, low = two(rho=1.0)
     assert (low["line"].rank, low["flat"].rank) == (2, 2)
 
 
@@ -66,10 +106,12 @@ def test_directions_are_orthonormal_the_update_zero_and_the_scale_kept():
 
 
 def test_whitening_divides_by_the_root_of_singular_values():
-    _, plain = ranks(1.0, tau=1.0)
-    _, white = ranks(1.0, tau=1.0, whiten=True)
-    assert close(white["flat"].A / white["flat"].A.norm(dim=1, keepdim=True), plain["flat"].A, 10)
-    assert (white["flat"].A.norm(dim=1) < 0.5).all()
+    x = decaying(64, 8, 0.9)
+    _, plain = two(batches=[x], rho=1.0, niter=0)
+    _, white = two(batches=[x], rho=1.0, niter=0, whiten=True)
+    norms = white["flat"].A.norm(dim=1)
+    assert close(norms, torch.linalg.svdvals(x - x.mean(0))[:2].rsqrt())
+    assert close(white["flat"].A, plain["flat"].A * norms[:, None], 10)
 
 
 def test_it_stops_when_the_directions_settle():
@@ -81,27 +123,69 @@ def test_it_stops_when_the_directions_settle():
             seen.append(1)
             yield torch.randn(2000, 8) * torch.arange(8.0, 0, -1)
 
-    attach(model, "eva", rank=2, batches=batches, loss=lambda m, b: m(b).sum(), init={"batches": 50, "rho": 1.0, "tau": 0.9})
-    assert len(seen) < 10
+    attach(model, "eva", rank=2, batches=batches, loss=lambda m, b: m(b).sum(), init=dict(batches=50, rho=1.0, tau=0.9))
+    assert 2 <= len(seen) < 10
 
 
-def test_a_layer_without_rank_runs_merges_and_reloads(tmp_path):
-    torch.manual_seed(0)
-    model = Two()
+def test_a_settled_layer_is_done_while_others_go_on(monkeypatch):
+    """The line is clear after two batches; the four directions of the flat one, alike, turn on and on."""
+    kept = []
+    monkeypatch.setattr(EVA, "shares", lambda self, found: kept.append(found) or dict.fromkeys(found, 1))
+    two(rank=1, batches=[torch.randn(9, 8) for _ in range(6)], rho=1.0, tau=0.999)
+    assert (kept[-1]["line"].n, kept[-1]["flat"].n) == (2 * 9, 6 * 9)
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x):
+        return self.out(self.query(x) + self.key(x) * self.value(x))
+
+
+def test_layers_that_read_one_tensor_share_a_pca(monkeypatch):
+    added, add = [], Components.add
+    monkeypatch.setattr(Components, "add", lambda self, x: added.append(x) or add(self, x))
+    _, low = two(model=Attention(), rho=1.0, tau=1.0)
+    assert len(added) == 3 * 2, "three batches, once for query, key and value and once for out"
+    assert torch.equal(low["query"].A, low["value"].A) and not torch.equal(low["query"].A, low["out"].A)
+
+
+class Three(Two):
+    """A third layer reads inputs in a plane."""
+
+    def __init__(self):
+        super().__init__()
+        self.plane = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return super().forward(x) + self.plane(x * torch.tensor([1.0, 1, 0, 0, 0, 0, 0, 0]))
+
+
+def test_a_layer_left_without_rank_trains_beside_the_others_merges_and_reloads(tmp_path):
+    """By hand: the line explains 1.0, the plane about .5 twice, the flat one 1/8 eight times: three ranks are taken."""
+    model = Three()
     pristine = copy.deepcopy(model)
-    batches = [torch.randn(64, 8) for _ in range(3)]
-    adapted = attach(model, "eva", rank=1, batches=batches, loss=lambda m, b: m(b).square().mean())
-    low = {site.name: low for site, low in adapted.adapter.low_ranks()}
-    assert sorted([low["line"].rank, low["flat"].rank]) in ([0, 2], [1, 1])
-    low["flat"].resize(0)
-    with torch.no_grad():
-        low["line"].B.normal_()
+    adapted, low = two(1, model)
+    assert {n: pair.rank for n, pair in low.items()} == {"line": 1, "plane": 2, "flat": 0}
+    assert adapted.adapter.counters() == {"layers_without_rank": 1, "rank_total": 3}
+    optimizer = adapted.optimizer(adamw, 2)
+    for _ in range(2):
+        adapted(torch.randn(5, 8)).square().mean().backward()
+        optimizer.step()
     x = torch.randn(3, 8)
-    y = adapted(x)
+    y = adapted(x).detach()
+    assert low["plane"].B.any() and not close(y, pristine(x))
     adapted.save(tmp_path)
-    assert torch.equal(load(pristine, tmp_path)(x), y)
+    loaded = load(copy.deepcopy(pristine), tmp_path)
+    assert torch.equal(loaded(x), y)
+    assert {site.name: pair.rank for site, pair in loaded.adapter.low_ranks()} == {"line": 1, "flat": 0, "plane": 2}
     adapted.merge()
     assert close(adapted(x), y)
+    adapted.unmerge()
+    assert torch.equal(adapted(x), y)
+    assert torch.equal(adapted.detach()(x), pristine(x))
 
 
 def test_padding_is_left_out():
@@ -117,7 +201,7 @@ def test_padding_is_left_out():
     assert seen and close((low.A[0] @ vectors[:, -1]).abs(), torch.tensor(1.0), 10)
 
 
-@pytest.mark.parametrize("options", [{"rho": 0.5}, {"tau": 0.0}, {"batches": 0}])
+@pytest.mark.parametrize("options", [{"rho": 0.5}, {"tau": 0.0}, {"batches": 0}, {"niter": -1}])
 def test_nonsense_is_refused(options):
     with pytest.raises(UserError):
         registry.config("eva", init=options)
@@ -128,19 +212,52 @@ def test_a_budget_beside_it_is_refused():
         registry.config("adalora+eva")
 
 
-def test_the_subspace_is_pefts():
-    """On data that come in one batch the incremental PCA of PEFT is the exact one."""
+def test_too_little_data_is_refused():
+    with pytest.raises(UserError, match="the batches hold 6 directions for 8 ranks"):
+        two(rank=4, batches=[torch.randn(3, 8)])
+
+
+def test_a_layer_that_is_never_called_is_refused():
+    model = Two()
+    model.idle = nn.Linear(8, 8)
+    with pytest.raises(UserError, match="no input reached idle"):
+        two(model=model)
+
+
+def peft_eva(base, batches, **options):
     peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["fc1", "fc2", "fc3"], init_lora_weights="eva",
+                             eva_config=peft.EvaConfig(tau=0.0, **options))  # fmt: skip
+    model = peft.get_peft_model(copy.deepcopy(base), config, low_cpu_mem_usage=True)
+    plain = {"prepare_model_inputs_fn": None, "prepare_layer_inputs_fn": None, "show_progress_bar": False}
+    peft.initialize_lora_eva_weights(model, batches, forward_fn=lambda m, b: m(b), **plain)
+    return model
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+@pytest.mark.parametrize("rho", [1.0, 2.0])
+def test_ranks_directions_outputs_and_gradients_are_pefts(rho, whiten):
+    """With tau 0 PEFT sees two batches. Its alpha follows the rank, which is our constant scale."""
     torch.manual_seed(0)
-    base, x = Net(), torch.randn(400, 24) @ torch.randn(24, 24)
-    ours = attach(copy.deepcopy(base), "eva", rank=4, batches=[x], loss=lambda m, b: m(b).sum(), init={"rho": 1.0, "tau": 1.0},
-                  target_modules=["fc1"])  # fmt: skip
-    config = peft.LoraConfig(r=4, target_modules=["fc1"], init_lora_weights="eva", eva_config=peft.EvaConfig(rho=1.0))
-    theirs = peft.get_peft_model(copy.deepcopy(base), config)
-    peft.initialize_lora_eva_weights(
-        theirs, [x], forward_fn=lambda m, b: m(b), prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None,
-        show_progress_bar=False,
-    )
-    (low,) = [low for _, low in ours.adapter.low_ranks()]
-    a = theirs.base_model.model.fc1.lora_A["default"].weight
-    assert close((low.A * a).sum(1).abs(), torch.ones(4), 50)
+    base, batches = Net(), decaying(160, 24, 0.75).split(80)
+    theirs = peft_eva(base, batches, rho=rho, whiten=whiten)
+    ours = attach(copy.deepcopy(base), "eva", rank=4, alpha=8.0, target_modules=["fc1", "fc2", "fc3"], trained_modules=[],
+                  batches=batches, loss=lambda m, b: m(b).sum(),
+                  init={"rho": rho, "tau": 1.0, "batches": 2, "niter": 0, "whiten": whiten})  # fmt: skip
+    pairs = {s.name: (low, getattr(theirs.base_model.model, s.name)) for s, low in ours.adapter.low_ranks()}
+    for name, (low, layer) in pairs.items():
+        a = layer.lora_A["default"].weight.data
+        assert a.shape == low.A.shape, name
+        sign = torch.sign((low.A * a).sum(1, keepdim=True)).detach()
+        assert close(low.A * sign, a, 10), name  # theirs is a randomised SVD
+        with torch.no_grad():
+            low.A.copy_(a)
+            low.B.normal_(0, 0.1)
+            layer.lora_B["default"].weight.copy_(low.B)
+    x = torch.randn(5, 24)
+    for model in (ours, theirs):
+        model(x).square().sum().backward()
+    assert close(ours(x), theirs(x))
+    for low, layer in pairs.values():
+        assert close(low.A.grad, layer.lora_A["default"].weight.grad)
+        assert close(low.B.grad, layer.lora_B["default"].weight.grad)

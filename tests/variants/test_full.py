@@ -144,7 +144,7 @@ def threads():
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("sgd", marks=pytest.mark.slow)])
 def test_peak_memory_is_that_of_plain_fine_tuning(optimizer):
     """The base's own numbers wait in a file. Bytes beyond an empty process: torch itself must not flatter the ratio."""
     peak = {}

@@ -1,10 +1,12 @@
 """GeLoRA: intrinsic dimensions by TwoNN, and ranks from their growth through each block."""
 
 import copy
+import math
 
 import pytest
 import torch
 import torch.nn as nn
+from transformers import BertConfig, BertModel
 
 from lorafactory import UserError, attach, probe, registry
 from lorafactory.variants.gelora import two_nn
@@ -30,6 +32,24 @@ def test_two_nn_ignores_rotation_shift_scale_and_duplicates():
     q, _ = torch.linalg.qr(torch.randn(50, 50, dtype=torch.float64))
     assert two_nn(x @ q * 7 + 3) == pytest.approx(two_nn(x), rel=1e-6)
     assert two_nn(torch.cat([x, x])) == pytest.approx(two_nn(x), rel=1e-9)
+
+
+@pytest.mark.parametrize("estimator", ["fit", "mle"])
+def test_copies_that_differ_in_the_last_digits_are_copies(estimator):
+    """As when one text was padded to two lengths: their ratio would be a million."""
+    x = manifold(3, 500).float()
+    noisy = x[:100] + 1e-6 * torch.randn(100, 50)
+    assert two_nn(torch.cat([x, noisy]), estimator) == pytest.approx(two_nn(x, estimator), rel=1e-3)
+
+
+def test_two_nn_by_hand():
+    """Twenty triples at 0, 1, 3, far apart: the neighbours stand at (1, 3), (1, 2) and (2, 3), so mu is 3, 2 and 1.5."""
+    x = (torch.arange(20.0)[:, None] * 1000 + torch.tensor([0.0, 1, 3])).reshape(60, 1)
+    assert two_nn(x, "mle") == pytest.approx(3 / math.log(9))
+    ratios = [math.log(m) for m in (1.5, 2, 3) for _ in range(20)][:54]
+    heights = [-math.log(1 - i / 60) for i in range(1, 55)]
+    slope = sum(m * h for m, h in zip(ratios, heights, strict=True)) / sum(m * m for m in ratios)
+    assert two_nn(x, "fit") == pytest.approx(slope)
 
 
 class Blocks(nn.Module):
@@ -71,9 +91,69 @@ def test_a_blocks_layers_share_the_rank_of_its_growth(monkeypatch):
     assert found["out"] == 4  # 6 - 3 + 1
 
 
-def test_no_growth_gives_rank_one_and_a_projection_too():
+@pytest.mark.parametrize(("dims", "want"), [([5, 5, 8, 3], [1, 4, 1]), ([2.4, 2.6, 60.0, 60.4], [2, 12, 1])])
+def test_ranks_by_hand(dims, want, monkeypatch):
+    """max(d' - d, 0) + 1 of rounded dimensions, never more than the layer's own."""
+    pairs = [d for i in range(3) for d in dims[i : i + 2]]
+    found = iter([*pairs, 1.0, 1.0])
+    monkeypatch.setattr("lorafactory.variants.gelora.two_nn", lambda x, estimator: next(found))
+    adapted = adapted_to(Blocks())
+    assert [ranks(adapted)[f"blocks.{b}.0"] for b in range(3)] == want
+    profile = adapted.adapter.parts["budget"].dimensions
+    assert torch.allclose(profile[::2].flatten(), torch.tensor([*pairs, 1.0, 1.0]))
+
+
+def test_no_growth_gives_rank_one():
+    assert set(ranks(adapted_to(Blocks())).values()) == {1}
+
+
+class Keyword(Blocks):
+    """Blocks that are called by keyword and lie in a list of lists."""
+
+    def __init__(self):
+        super().__init__()
+        self.groups = nn.ModuleList([self.blocks])
+        del self.blocks
+
+    def forward(self, x):
+        for b in self.groups[0]:
+            x = b(input=x)
+        return self.out(x)
+
+
+def test_blocks_called_by_keyword_in_nested_lists(monkeypatch):
+    seen = []
+    monkeypatch.setattr("lorafactory.variants.gelora.two_nn", lambda x, estimator: seen.append(x) or 1.0)
+    adapted = adapted_to(Keyword())
+    assert probe.block(adapted.model, "groups.0.1.0") == "groups.0.1"
+    assert probe.block(adapted.model, "out") == "out"
+    assert len(seen) == 2 * 4 and all(torch.equal(x, seen[0]) for x in seen[:7]), "identities: the states stay"
+
+
+def test_a_block_that_is_never_called_is_refused():
     model = Blocks()
-    assert set(ranks(adapted_to(model)).values()) == {1}
+    model.idle = nn.Linear(12, 12)
+    with pytest.raises(UserError, match="no state reached idle"):
+        adapted_to(model)
+
+
+def test_a_transformers_blocks_have_its_hidden_states(monkeypatch):
+    """L + 1 states of L blocks: what output_hidden_states gives, pooled over the real tokens."""
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+    model = BertModel(config)
+    mask = (torch.arange(7) < torch.arange(1, 61)[:, None]).long()
+    batch = {"input_ids": torch.randint(0, 30, (60, 7)), "attention_mask": mask}
+    with torch.no_grad():
+        hidden = copy.deepcopy(model).eval()(**batch, output_hidden_states=True).hidden_states
+    real = batch["attention_mask"][..., None]
+    pooled = [(h * real).sum(1) / real.sum(1) for h in hidden]
+    seen = []
+    monkeypatch.setattr("lorafactory.variants.gelora.two_nn", lambda x, estimator: seen.append(x) or 5.0)
+    adapted = attach(model, "gelora", rank=4, batches=[batch], loss=lambda m, b: m(**b).last_hidden_state.mean(), seed=0)
+    want = [pooled[0], pooled[1], pooled[1], pooled[2]]
+    assert all(torch.allclose(x, y, atol=1e-6) for x, y in zip(seen, want, strict=False))
+    assert len(ranks(adapted)) == 2 * 6 + 1 and len(seen) == 2 * 3, "the pooler is a block of its own"
 
 
 def test_it_equals_lora_of_those_ranks_and_leaves_everything_else(monkeypatch):
@@ -101,7 +181,7 @@ def test_pooling_by_hand():
 
 
 def test_too_few_samples_are_refused():
-    with pytest.raises(UserError, match="too few"):
+    with pytest.raises(UserError, match="20 different samples are too few"):
         attach(Blocks(), "gelora", rank=4, batches=[torch.rand(20, 12)], loss=lambda m, b: m(b).sum())
     with pytest.raises(UserError, match="fewer than 50"):
         registry.config("gelora", budget={"samples": 20})

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn as nn
 from support import Net, Regression, adamw, attached, close, linear_sites, perturb, roberta_base, train
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from lorafactory import UserError, attach
 
@@ -137,6 +138,17 @@ def test_what_is_not_linear_has_no_experts():
     for other in ("head_only", "bitfit"):
         with pytest.raises(UserError, match=f"'molora' needs a structure with weight, which '{other}' has not"):
             attach(Net(), f"{other}+molora")
+
+
+def test_a_tied_weight_is_trained_as_one():
+    sizes = dict(vocab_size=50, n_positions=16, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    base, ids = GPT2LMHeadModel(GPT2Config(**sizes)).eval(), torch.randint(0, 50, (2, 6))
+    y0 = base(ids).logits
+    adapted = attach(base, "full+molora", routing={"experts": 2}, seed=0)
+    assert close(adapted(ids).logits, y0, 2) and not hasattr(adapted.adapter.deltas["lm_head"], "router")
+    perturb(adapted.adapter, 0.3)
+    adapted.adapter.deltas["transformer/wte"].module.weight.data.zero_()
+    assert not adapted(ids).logits.any(), "both ends are one parameter"
 
 
 def test_it_has_no_single_weight():

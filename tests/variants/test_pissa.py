@@ -12,7 +12,7 @@ SMALL: dict = {}
 
 
 def residual(site, low):
-    return site.base.weight - low.scale * low.B @ low.A
+    return (site.base.weight - low.scale * low.B @ low.A).detach()
 
 
 @pytest.mark.parametrize("niter", [0, 16])
@@ -35,14 +35,23 @@ def test_full_rank_leaves_no_residual():
     assert close(residual(site, low), torch.zeros(9, 6), 5)
 
 
-def test_the_randomised_svd_is_the_same_for_the_same_seed():
-    made = [attach(copy.deepcopy(Net()), "pissa", rank=2, seed=s, init={"niter": 1}) for s in (0, 0)]
-    a, b = ([low.A for _, low in m.adapter.low_ranks()] for m in made)
+def test_the_seed_settles_the_randomised_svd():
     torch.manual_seed(0)
-    nets = Net()
-    a, b = ([low.A for _, low in attach(copy.deepcopy(nets), "pissa", rank=2, seed=7, init={"niter": 1}).adapter.low_ranks()]
-            for _ in range(2))  # fmt: skip
-    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    base = Net()
+    one, same, other = (attach(copy.deepcopy(base), "pissa", rank=2, seed=seed, init={"niter": 1}) for seed in (7, 7, 8))
+    for (_, a), (_, b), (_, c) in zip(*(m.adapter.low_ranks() for m in (one, same, other)), strict=True):
+        assert torch.equal(a.A, b.A) and torch.equal(a.B, b.B) and not torch.equal(a.A, c.A)
+
+
+def test_dropout_and_a_negative_alpha_leave_the_function():
+    """The anchor sees what A sees; the update's sign goes into B."""
+    base = Net()
+    x = torch.randn(5, 24)
+    assert close(attach(copy.deepcopy(base), "pissa", rank=4, dropout=0.5).train()(x), base(x))
+    ((site, low),) = attach(copy.deepcopy(base), "pissa", rank=4, alpha=-8.0, target_modules=["fc1"]).adapter.low_ranks()
+    s = torch.linalg.svdvals(site.base.weight.detach())
+    assert close(low.A @ low.A.T, torch.diag(s[:4] / 2), 50)
+    assert float(torch.linalg.matrix_norm(residual(site, low), 2)) == pytest.approx(float(s[4]), rel=1e-3)
 
 
 def test_a_negative_niter_is_refused():
