@@ -54,8 +54,8 @@ types: setup ## mypy
 check: lint types test ## what a submission must pass
 
 tables: setup ## make every table again from the committed records
-	@for spec in configs/table/*.yaml; do \
-	  .venv/bin/lorafactory table $$(basename $$spec .yaml) --results results --out results/tables || exit 1; done
+	@for table in results/tables/*.md; do \
+	  .venv/bin/lorafactory table $$(basename $$table .md) --results results --out results/tables || exit 1; done
 
 wheel: setup ## build the wheel into dist/
 	@$(PY) -m build --wheel --no-isolation

@@ -34,6 +34,7 @@ def trainer(folder: Any, *overrides: str) -> Trainer:
     task.load()
     models._loaded.clear()
     loaded = models.load(made.model, task)
+    models._loaded.clear()  # this trainer's own: nobody detaches it
     loaded.redraw(made.seed)
     task.prepare(loaded.processor)
     adapted = Adapted(loaded.model, made.variant, mix(made.seed, 2))
