@@ -63,7 +63,12 @@ def held(module: nn.Module) -> Held:
 
 
 def hold(module: nn.Module, delta: Delta) -> None:
-    """From now on calling the module calls the delta."""
+    """From now on calling the module calls the delta. Raises UserError where nothing would call it."""
+    if "forward" in module.__dict__:
+        raise UserError(
+            f"the forward of this {type(module).__name__} was replaced (by accelerate's device_map hooks?), "
+            "so no adapter would run: load the model without them"
+        )
     module.__dict__["_held"] = Held(delta, Base(module))
     module.__class__ = adapted_class(type(module))
     switch(module, True)

@@ -79,8 +79,9 @@ def each_input(
         rows = _Rows(stage.mask(batch))
 
         def hook(name: str, x: Any, y: Any, rows: _Rows = rows) -> None:
-            reached.add(name)
-            use(name, rows(x))
+            if len(found := rows(x)):  # an expert may get no token of a batch
+                reached.add(name)
+                use(name, found)
 
         with watching(stage, sites, hook), torch.no_grad():
             stage.loss(batch)
@@ -89,7 +90,7 @@ def each_input(
     _all_reached("input", sites, reached)
 
 
-POOLINGS = ("mean", "cls", "last")
+POOLINGS = ("mean", "cls", "last_token")
 
 
 def block(model: nn.Module, name: str) -> str:

@@ -37,7 +37,12 @@ def descend(half, whole, optimizer, steps=1):
         optimizer.step()
 
 
-PLAIN = [(torch.optim.SGD, {"momentum": 0.9}), (torch.optim.AdamW, {"weight_decay": 0.0}), (torch.optim.RMSprop, {})]
+PLAIN = [
+    (torch.optim.SGD, {"momentum": 0.9}),
+    (torch.optim.AdamW, {"weight_decay": 0.0}),
+    (torch.optim.AdamW, {"weight_decay": 0.0, "fused": True}),
+    (torch.optim.RMSprop, {}),
+]
 
 
 @pytest.mark.parametrize("make, options", PLAIN)

@@ -15,7 +15,11 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or is_transposed(module)
+    """A layer that computes W x + bias from its own numbers: not a subclass with another forward, nor a weight that is
+    itself computed (weight norm)."""
+    owner = next(c for c in type(module).__mro__ if "forward" in vars(c) and "base_forward" not in vars(c))
+    plain = owner is nn.Linear or (owner.__name__ == "Conv1D" and is_transposed(module))
+    return plain and module._parameters.get("weight") is not None
 
 
 def has_bias(module: nn.Module) -> bool:

@@ -38,7 +38,8 @@ class BitFit(Structure):
     see it."""
 
     paper = "BitFit, arXiv 2106.10199"
-    fits = staticmethod(lambda module: has_bias(module) or is_linear(module))
+    # a linear layer with another forward may do anything to its bias
+    fits = staticmethod(lambda module: is_linear(module) or (has_bias(module) and not isinstance(module, nn.Linear)))
 
     @dataclass
     class Config(StructureConfig):

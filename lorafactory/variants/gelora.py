@@ -53,7 +53,7 @@ class GeLoRA(Part):
     @dataclass
     class Config(BudgetConfig):
         samples: int = 2000
-        pooling: str = "mean"  # of a sample's tokens: mean, cls, last
+        pooling: str = "mean"  # of a sample's tokens: mean, cls, last_token
         estimator: str = "fit"  # or mle
         scale: Optional[float] = None  # noqa: UP045  s of every layer; null: alpha / rank
 

@@ -37,6 +37,10 @@ class OutputScaled(Scaled):
     def update(self, x, base, y):
         return (self.l - 1) * y
 
+    def forward(self, x, base):
+        y = base(x)
+        return (self.l * y).to(y.dtype)
+
 
 class InputScaled(Scaled):
     """y = W0 (l * x) + b: W = W0 diag(l)"""

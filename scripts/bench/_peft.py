@@ -4,31 +4,45 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import peft
-import torch.nn as nn
-from _sides import LR, Side, adamw, batches, plain
+import torch
+from _sides import ADAMW, Side, batches, plain
 from peft.optimizers import create_loraplus_optimizer
+from peft.tuners.lora.loraga import preprocess_loraga
 
 from lorafactory import targets
+from lorafactory.variants.ia3 import SECOND
 
 Make = Callable[[Any, Any, list[str], int], Side]
-COUNTERPARTS: dict[str, tuple[str, Make]] = {}  # spelling -> (what it is, how it is made)
 
 
-def counterpart(label: str, *spellings: str) -> Callable[[Make], Make]:
+@dataclass(frozen=True)
+class Counterpart:
+    """label: what it is; note: where it does other work than ours; make(model, config, layers, total steps)."""
+
+    label: str
+    note: str
+    make: Make
+
+
+COUNTERPARTS: dict[str, Counterpart] = {}
+
+
+def counterpart(label: str, spelling: str, note: str = "") -> Callable[[Make], Make]:
     def add(make: Make) -> Make:
-        COUNTERPARTS.update({s: (label, make) for s in spellings})
+        COUNTERPARTS[spelling] = Counterpart(label, note, make)
         return make
 
     return add
 
 
 def theirs(model: Any, spelling: str, config: Any, names: list[str], total: int) -> Side:
-    """names: the layers that ours adapts; total: optimiser steps that will be taken."""
+    """names: the layers that ours adapts; total: optimiser steps that it will take."""
     logging.getLogger("peft").setLevel(logging.ERROR)
-    return COUNTERPARTS[spelling][1](model, config, names, total)
+    return COUNTERPARTS[spelling].make(model, config, names, total)
 
 
 def common(model: Any, names: list[str]) -> dict[str, Any]:
@@ -39,7 +53,7 @@ def lora_config(model: Any, c: Any, names: list[str], **more: Any) -> peft.LoraC
     return peft.LoraConfig(r=c.rank, lora_alpha=c.alpha, lora_dropout=c.dropout, **common(model, names), **more)
 
 
-def with_options(label: str, spelling: str, **options: Any) -> None:
+def option(label: str, spelling: str, **options: Any) -> None:
     """A variant that PEFT spells as an option of its LoRA."""
 
     @counterpart(label, spelling)
@@ -47,35 +61,46 @@ def with_options(label: str, spelling: str, **options: Any) -> None:
         return plain(peft.get_peft_model(model, lora_config(model, c, names, **options)))
 
 
-with_options("PEFT LoRA", "lora")
-with_options("PEFT LoRA, use_rslora", "rslora", use_rslora=True)
-with_options("PEFT LoRA, use_dora", "dora", use_dora=True)
-with_options("PEFT LoRA, pissa", "pissa", init_lora_weights="pissa")
-with_options("PEFT LoRA, use_dora, pissa", "dora+pissa", use_dora=True, init_lora_weights="pissa")
+option("PEFT LoRA", "lora")
+option("PEFT LoRA, use_rslora", "rslora", use_rslora=True)
+option("PEFT LoRA, use_dora", "dora", use_dora=True)
+option("PEFT LoRA, pissa", "pissa", init_lora_weights="pissa")
+option("PEFT LoRA, use_dora, pissa", "dora+pissa", use_dora=True, init_lora_weights="pissa")
 
 
 @counterpart("PEFT LoRA, create_loraplus_optimizer", "lora_plus")
 def lora_plus(model: Any, c: Any, names: list[str], total: int) -> Side:
     made = peft.get_peft_model(model, lora_config(model, c, names))
-    optimizer = create_loraplus_optimizer(made, type(adamw([nn.Parameter()])), lr=LR, loraplus_lr_ratio=c.dynamics.ratio)
-    return plain(made, optimizer)
+    return plain(made, create_loraplus_optimizer(made, torch.optim.AdamW, loraplus_lr_ratio=c.dynamics.ratio, **ADAMW))
 
 
-@counterpart("PEFT LoRA, eva", "eva")
+def rows(layer_input: Any, model_input: Any, layer_name: str) -> torch.Tensor:
+    """All positions of a layer's input; PEFT's own function expects [batch, tokens, d], and a pooler reads one token."""
+    return (layer_input[0] if isinstance(layer_input, tuple) else layer_input).flatten(0, -2)
+
+
+@counterpart("PEFT LoRA, eva", "eva", "PEFT goes round the batches until every layer's directions have settled")
 def eva(model: Any, c: Any, names: list[str], total: int) -> Side:
-    options = peft.EvaConfig(rho=c.init.rho)
+    options = peft.EvaConfig(rho=c.init.rho, tau=c.init.tau, whiten=c.init.whiten)
     made = peft.get_peft_model(model, lora_config(model, c, names, init_lora_weights="eva", eva_config=options))
     data = [{k: v for k, v in b.items() if k != "labels"} for b in batches(model)]
-    peft.initialize_lora_eva_weights(made, data, show_progress_bar=False)
+    layers = [made.base_model.model.get_submodule(n) for n in names]
+    # PEFT's hash of an input fails on a slice, such as a pooler's first token
+    whole = [m.register_forward_pre_hook(lambda m, args: (args[0].contiguous(),)) for m in layers]
+    peft.initialize_lora_eva_weights(made, data, prepare_layer_inputs_fn=rows, show_progress_bar=False)
+    for hook in whole:
+        hook.remove()
     return plain(made)
 
 
-@counterpart("PEFT LoRA, lora_ga", "lora_ga")
+@counterpart(
+    "PEFT LoRA, lora_ga",
+    "lora_ga",
+    "PEFT's base becomes W - s B A; ours keeps W and subtracts the start, four more thin products",
+)
 def lora_ga(model: Any, c: Any, names: list[str], total: int) -> Side:
-    from peft.tuners.lora.loraga import preprocess_loraga
-
     options = lora_config(model, c, names, init_lora_weights="lora_ga", lora_ga_config=peft.LoraGAConfig())
-    preprocess_loraga(model, options, lambda: [model(**b).loss.backward() for b in batches(model, c.init.batches)])
+    preprocess_loraga(model, options, lambda: [model(**b).loss.backward() for b in batches(model)])
     return plain(peft.get_peft_model(model, options))
 
 
@@ -86,14 +111,18 @@ def vera(model: Any, c: Any, names: list[str], total: int) -> Side:
 
 @counterpart("PEFT IA3", "ia3")
 def ia3(model: Any, c: Any, names: list[str], total: int) -> Side:
-    options = peft.IA3Config(**common(model, names), feedforward_modules=[])
-    return plain(peft.get_peft_model(model, options))
+    second = [n for n in names if any(targets.matches(e, n) for e in c.feedforward_modules or [SECOND])]
+    return plain(peft.get_peft_model(model, peft.IA3Config(**common(model, names), feedforward_modules=second)))
 
 
-@counterpart("PEFT AdaLoRA", "adalora")
+@counterpart("PEFT AdaLoRA", "adalora", "PEFT averages norms in its penalty, ours sums their squares, as the paper")
 def adalora(model: Any, c: Any, names: list[str], total: int) -> Side:
-    options = peft.AdaLoraConfig(init_r=c.rank, target_r=c.rank // 2, lora_alpha=c.alpha, lora_dropout=c.dropout,
-                                 total_step=total, **common(model, names))  # fmt: skip
+    b = c.budget
+    options = peft.AdaLoraConfig(
+        init_r=c.rank, target_r=round(c.rank / 1.5 if b.target is None else b.target), deltaT=b.every,
+        tinit=round(b.warmup * total), tfinal=round(b.final * total), total_step=total, beta1=b.beta1, beta2=b.beta2,
+        orth_reg_weight=b.penalty, lora_alpha=c.alpha, lora_dropout=c.dropout, **common(model, names),
+    )  # fmt: skip
     made = peft.get_peft_model(model, options)
     done = iter(range(total))
     return plain(made, after=lambda: made.base_model.update_and_allocate(next(done)))
@@ -104,7 +133,11 @@ def full(model: Any, c: Any, names: list[str], total: int) -> Side:
     return plain(model.requires_grad_(True))
 
 
-@counterpart("plain PyTorch, biases and head", "bitfit")
+@counterpart(
+    "plain PyTorch, biases and head",
+    "bitfit",
+    "ours adds the change to a layer's output; there it is in the layer's own bias",
+)
 def bitfit(model: Any, c: Any, names: list[str], total: int) -> Side:
     model.requires_grad_(False)
     for name in names:

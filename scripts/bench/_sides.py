@@ -12,8 +12,8 @@ import torch.nn as nn
 import lorafactory
 from lorafactory import registry, targets
 
-ROWS, TOKENS, BATCHES, LR = 16, 48, 8, 1e-3
-SIDES = ("bare", "ours", "theirs")
+ROWS, TOKENS, BATCHES = 16, 48, 4
+ADAMW: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.0, "fused": True}  # every side's, as lorafactory/train.py has it
 Batch = dict[str, torch.Tensor]
 
 
@@ -25,11 +25,11 @@ class Side:
     trainable: int
 
 
-def batches(model: Any, count: int = BATCHES) -> list[Batch]:
-    """Full rows of ROWS x TOKENS random tokens with labels, the same at every call."""
+def batches(model: Any) -> list[Batch]:
+    """Full rows of random tokens with labels, the same at every call; what is trained on and what starts see."""
     g, c = torch.Generator().manual_seed(0), model.config
     made = []
-    for _ in range(count):
+    for _ in range(BATCHES):
         ids = torch.randint(5, c.vocab_size, (ROWS, TOKENS), generator=g)
         labels = torch.randint(0, c.num_labels, (ROWS,), generator=g)
         made.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
@@ -37,8 +37,7 @@ def batches(model: Any, count: int = BATCHES) -> list[Batch]:
 
 
 def adamw(groups: Any) -> torch.optim.Optimizer:
-    """The optimiser of every side, as lorafactory/train.py makes it."""
-    return torch.optim.AdamW(groups, lr=LR, weight_decay=0.0)
+    return torch.optim.AdamW(groups, **ADAMW)
 
 
 def config_of(spelling: str, rank: int) -> Any:
@@ -61,7 +60,9 @@ def bare(model: nn.Module) -> Side:
     return plain(model)
 
 
-def plain(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, after: Callable[[], None] | None = None) -> Side:
+def plain(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None = None, after: Callable[[], None] | None = None
+) -> Side:
     """Whatever of the model requires gradients, in a plain loop; after(): what the loop must call after each step."""
     params = [p for p in model.parameters() if p.requires_grad]
     chosen = optimizer or adamw(params)

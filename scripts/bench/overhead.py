@@ -1,184 +1,133 @@
-"""Step time and peak memory of every variant beside the bare model and beside PEFT's same variant.
+"""Training-step time and peak memory of every variant beside the bare model and PEFT's same variant.
 
-    python scripts/bench/overhead.py --out results/bench
+    python scripts/bench/overhead.py [--model minilm] [--variants lora,dora+pissa] [--rounds 20] [--out results/bench]
 
-Writes overhead.md and overhead.json. A step is forward, backward and optimiser step on a batch of 16 x 48 tokens. The
-sides of a variant live in one process and take turns, so that a machine that slows down slows them all; each side's
-memory is measured in a process of its own. A variant that fails is listed with its error, and the exit status is 1."""
+Writes overhead.md and overhead.json. Exit status: 0; 1 if a variant failed (it is in the table); 2 for a wrong call."""
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
-import re
 import statistics
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import _peft
-import _sides
-import torch
+from _measure import STEPS, WARMUP, Apart, alternate, hush, make, started
+from _page import page
+from _peft import COUNTERPARTS
+from _sides import ADAMW, ROWS, TOKENS, batches, config_of, layers
 
-from lorafactory import registry
+from lorafactory import describe, files, registry
 from lorafactory.environment import environment
-from lorafactory.files import write_whole
-from lorafactory.memory import Peak
+from lorafactory.errors import UserError
 
-WARM = 2  # untimed steps of each side, first
-FLAGS = ("amx_bf16", "avx512f", "avx2", "neon")
+COMPOSITES = ("dora+pissa",)
 
 
-def base(name: str) -> Any:
-    """The preset's model with a head of two classes, in memory of its own."""
-    from lorafactory import describe, models
-
-    models._loaded.clear()
-    return describe.base_model(name)
+def spread(values: list[float]) -> dict[str, float]:
+    """Median and the 10th and 90th percentile."""
+    cuts = statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else [values[0]] * 9
+    return {"median": statistics.median(values), "low": cuts[0], "high": cuts[-1]}
 
 
-def side(which: str, model: Any, spelling: str, rank: int, total: int) -> _sides.Side:
-    if which == "bare":
-        return _sides.bare(model)
-    config = _sides.config_of(spelling, rank)
-    if which == "ours":
-        return _sides.ours(model, config, total)
-    return _peft.theirs(model, spelling, config, _sides.layers(model, config), total)
+def ratios(a: list[float], b: list[float]) -> dict[str, float]:
+    """Of the two steps of each round."""
+    return spread([x / y for x, y in zip(a, b, strict=True)])
 
 
-def times(model: str, spelling: str, rank: int, rounds: int) -> dict[str, Any]:
-    """Per side the seconds of each round, taken in turns; the order turns round too."""
-    which = ["bare", "ours", *(["theirs"] if spelling in _peft.COUNTERPARTS else [])]
-    made = {w: side(w, base(model), spelling, rank, WARM + rounds) for w in which}
-    data = _sides.batches(base(model))
-    seconds: dict[str, list[float]] = {w: [] for w in which}
-    for i in range(WARM + rounds):
-        for w in which[i % len(which) :] + which[: i % len(which)]:
-            began = time.perf_counter()
-            made[w].step(data[i % len(data)])
-            seconds[w].append(time.perf_counter() - began)
-    return {"seconds": {w: s[WARM:] for w, s in seconds.items()}, "trainable": {w: made[w].trainable for w in which}}
+def timed(base: Any, bare: Any, spelling: str, rank: int, rounds: int) -> dict[str, Any]:
+    """One variant's sides in turn with the bare model."""
+    sides = {"ours": started("ours", base, spelling, rank, rounds)}
+    if spelling in COUNTERPARTS:
+        sides["theirs"] = started("theirs", base, spelling, rank, rounds)
+    steps = {"bare": bare.step, **{name: side.step for name, (side, _) in sides.items()}}
+    seconds = alternate(steps, batches(base), rounds)
+    return {
+        "layers": len(layers(base, config_of(spelling, rank))),
+        "trainable": {name: side.trainable for name, (side, _) in sides.items()},
+        "start_seconds": {name: s for name, (_, s) in sides.items()},
+        "step_seconds": {name: statistics.median(s) for name, s in seconds.items()},
+        "time": {name: ratios(seconds["ours"], seconds[name]) for name in ("bare", *sides) if name != "ours"},
+    }
 
 
-def memory(model: str, which: str, spelling: str, rank: int, steps: int = 4) -> int:
-    """Bytes at the peak of a few steps beyond the loaded base; run this in a process that did nothing else."""
-    loaded = base(model)
-    data = _sides.batches(loaded, steps)
-    peak = Peak(torch.device("cpu"))
-    made = side(which, loaded, spelling, rank, steps)
-    for batch in data:
-        made.step(batch)
-    return peak.read() or 0
+def weighed(apart: Apart, model: str, spelling: str, rank: int, bare: int) -> dict[str, Any]:
+    sides = ["ours", *(["theirs"] if spelling in COUNTERPARTS else [])]
+    peaks = {"bare": bare, **{side: apart.peak(side, model, spelling, rank) for side in sides}}
+    return {"peak_bytes": peaks, "memory": {k: peaks["ours"] / v for k, v in peaks.items() if k != "ours"}}
 
 
-def apart(model: str, which: str, spelling: str, rank: int) -> int:
-    """memory() in a child."""
-    call = [sys.executable, __file__, "--model", model, "--rank", str(rank), "--child", which, spelling]
-    done = subprocess.run(call, capture_output=True, text=True, check=False, timeout=600)
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1])
-    return int(done.stdout.split()[-1])
-
-
-def measured(model: str, spelling: str, rank: int, rounds: int) -> dict[str, Any]:
-    row = {"variant": spelling, **times(model, spelling, rank, rounds)}
-    row["bytes"] = {w: apart(model, w, spelling, rank) for w in row["seconds"]}
-    row["counterpart"] = _peft.COUNTERPARTS.get(spelling, ("", None))[0]
-    return row
-
-
-def ratio(row: dict[str, Any], other: str) -> tuple[float, float, float] | None:
-    """(median, 10 %, 90 %) of ours / other, round by round."""
-    if other not in row["seconds"]:
-        return None
-    found = sorted(a / b for a, b in zip(row["seconds"]["ours"], row["seconds"][other], strict=True))
-    cut = len(found) // 10
-    return statistics.median(found), found[cut], found[-1 - cut]
-
-
-def page(result: dict[str, Any]) -> str:
-    env, rows = result["environment"], result["rows"]
-    lines = [
-        "# Overhead of every variant",
-        "",
-        f"{result['model']}, batch {_sides.ROWS} x {_sides.TOKENS} tokens, float32, rank {result['rank']} where there is one, "
-        "all linear layers unless the variant has targets of its own, AdamW.",
-        "",
-        f"{env['cpu']} ({', '.join(result['instructions']) or 'no matrix instructions named'}), {env['threads']} threads, "
-        f"torch {env['packages']['torch']}, peft {env['packages'].get('peft', '-')}, commit {env['commit']}"
-        f"{' with changes' if env['dirty'] else ''}.",
-        "",
-        f"Step: time of ours as a ratio, median of {result['rounds']} rounds in which the sides take turns, 10 % and 90 % in "
-        "brackets; below 1 ours is faster. *bare*: the model training its head alone. Memory: peak over a few steps beyond the "
-        "loaded base, each side in a process of its own.",
-        "",
-        "| variant | trainable | step / bare | counterpart | step / counterpart | memory | counterpart's memory |",
-        "| --- | ---: | ---: | --- | ---: | ---: | ---: |",
-    ]
-    slower = []
-    for row in rows:
-        if "error" in row:
-            lines.append(f"| {row['variant']} | failed: {row['error']} | | | | | |")
-            continue
-        against = ratio(row, "theirs")
-        if against is not None and against[0] > 1:
-            slower.append(f"{row['variant']} ({against[0]:.2f})")
-        cells = [
-            row["variant"], f"{row['trainable']['ours']:,}", _shown(ratio(row, "bare")), row["counterpart"] or "–",
-            _shown(against), _mib(row["bytes"].get("ours")), _mib(row["bytes"].get("theirs")),
-        ]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    bare = [row["bytes"]["bare"] for row in rows if "bytes" in row]
-    lines += ["", f"The bare model takes {_mib(int(statistics.median(bare))) if bare else '–'}.", ""]
-    lines += [f"Slower than the counterpart by the median: {', '.join(slower) or 'none'}."]
-    return "\n".join([*lines, "", "Again: `python scripts/bench/overhead.py --out results/bench`.", ""])
-
-
-def _shown(found: tuple[float, float, float] | None) -> str:
-    return "–" if found is None else f"{found[0]:.2f} ({found[1]:.2f}–{found[2]:.2f})"
-
-
-def _mib(found: int | None) -> str:
-    return "–" if found is None else f"{found / 2**20:.0f} MiB"
-
-
-def instructions() -> list[str]:
-    found = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    return [f for f in FLAGS if re.search(rf"\b{f}\b", found)]
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", default="minilm")
-    parser.add_argument("--variants", default="", help="comma-separated; default: every name, and dora+pissa")
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--out", type=Path, default=Path("results/bench"))
-    parser.add_argument("--child", nargs=2, metavar=("SIDE", "VARIANT"), help=argparse.SUPPRESS)
-    chosen = parser.parse_args()
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    if chosen.child:
-        print(memory(chosen.model, *chosen.child, chosen.rank))
-        return 0
+def measure(model: str, spellings: list[str], rank: int, rounds: int) -> list[dict[str, Any]]:
+    """One row a variant; one that fails has an `error` instead of numbers."""
+    base = describe.base_model(model)
+    bare = make("bare", copy.deepcopy(base), "", rank, 0)
     rows = []
-    for spelling in chosen.variants.split(",") if chosen.variants else [*registry.names(), "dora+pissa"]:
-        try:
-            rows.append(measured(chosen.model, spelling, chosen.rank, chosen.rounds))
-        except Exception as e:  # one variant that cannot run is a row of the table, not the end of it
-            rows.append({"variant": spelling, "error": f"{type(e).__name__}: {e}"})
-        print(f"{spelling}: {rows[-1].get('error') or _shown(ratio(rows[-1], 'theirs') or ratio(rows[-1], 'bare'))}", flush=True)
-    result = {
-        "model": chosen.model, "rank": chosen.rank, "rounds": chosen.rounds, "instructions": instructions(),
-        "environment": environment(), "rows": rows,
-    }  # fmt: skip
-    write_whole(chosen.out / "overhead.json", (json.dumps(result, indent=1) + "\n").encode())
-    write_whole(chosen.out / "overhead.md", page(result).encode())
-    print(chosen.out / "overhead.md")
-    return 1 if any("error" in row for row in rows) else 0
+    with Apart() as apart:
+        least = apart.peak("bare", model, "", rank)
+        for k, spelling in enumerate(spellings, 1):
+            print(f"{k}/{len(spellings)} {spelling}", file=sys.stderr, flush=True)
+            row: dict[str, Any] = {"variant": spelling}
+            if spelling in COUNTERPARTS:
+                row["counterpart"], row["note"] = COUNTERPARTS[spelling].label, COUNTERPARTS[spelling].note
+            try:
+                row |= timed(base, bare, spelling, rank, rounds) | weighed(apart, model, spelling, rank, least)
+            except Exception as e:  # whatever a variant raises: it is shown, and the others are measured
+                row["error"] = f"{type(e).__name__}: {' '.join(str(e).split())}"
+                print(f"  {row['error']}", file=sys.stderr)
+            rows.append(row)
+    return rows
+
+
+def default_variants() -> list[str]:
+    """Every registered name by axis, and the composites."""
+    return [n for axis in registry.AXES for n in registry.names(axis)] + list(COMPOSITES)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="minilm", help="preset of configs/model with a text classification head")
+    parser.add_argument("--variants", default="", help="spellings, comma-separated (default: all names and dora+pissa)")
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=20, help=f"that count, after {WARMUP} that do not")
+    parser.add_argument("--out", type=Path, default=Path("results/bench"))
+    chosen = parser.parse_args(arguments)
+    if chosen.rounds < 5:
+        raise UserError(f"--rounds {chosen.rounds}: a spread needs at least 5")
+    return chosen
+
+
+def main(arguments: list[str]) -> int:
+    chosen = parse(arguments)
+    hush()
+    registry.discover()
+    spellings = [s for s in chosen.variants.split(",") if s] or default_variants()
+    for spelling in spellings:
+        config_of(spelling, chosen.rank)
+    load = os.getloadavg()[0]
+    rows = measure(chosen.model, spellings, chosen.rank, chosen.rounds)
+    settings = {"model": chosen.model, "rank": chosen.rank, "rounds": chosen.rounds, "warmup": WARMUP, "steps": STEPS,
+                "batch": [ROWS, TOKENS], "optimizer": ADAMW, "load_before": load}  # fmt: skip
+    command = " ".join(["python scripts/bench/overhead.py", *arguments])
+    found = {"schema": 1, "command": command, "settings": settings, "environment": about(), "rows": rows}
+    files.write_whole(chosen.out / "overhead.json", (json.dumps(found, indent=1) + "\n").encode())
+    files.write_whole(chosen.out / "overhead.md", page(found).encode())
+    print(f"wrote {chosen.out / 'overhead.md'} and overhead.json")
+    return int(any("error" in r for r in rows))
+
+
+def about() -> dict[str, Any]:
+    """Where it was measured: as a record has it, and the processor's matrix instructions."""
+    flags = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("flags")), "").split()
+    wide = sorted(f for f in flags if f.startswith(("amx", "avx2", "avx512", "avx_vnni")))
+    return environment() | {"matrix_instructions": wide}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as e:
+        print(e, file=sys.stderr)
+        sys.exit(2)

@@ -13,78 +13,97 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# where: composites, whose life is run, or the files of tests/contract (words, options …), tests/faults (merge …) and,
-# with an @, tests/variants
-FILES = {n: f"tests/contract/test_{n}.py" for n in ("words", "options", "new_process", "transformers")}
+# where: composites, whose life is run; or a file of tests/contract, tests/faults or, with an @, tests/variants, and after
+# a slash which of its tests
+FILES = {n: f"tests/contract/test_{n}.py" for n in ("attach", "lifecycle", "words", "options", "new_process", "transformers")}
 FILES |= {n: f"tests/faults/test_{n}.py" for n in ("merge", "target", "wiring", "init", "resume", "math")}
 # fmt: off
 MUTANTS = [  # file, what stands there, what stands there instead, where
     ("adapter/adapter.py", "if n not in mine and n not in theirs]", "if False]", "lora"),
-    ("adapter/adapter.py", "        if bad:\n", "        if bad and not self.load_state_dict(state, strict=False):\n", "lora"),
+    ("adapter/adapter.py", "        if bad:\n",
+     "        if bad and not self.load_state_dict(state, strict=False):\n", "lora"),
     ("adapter/adapter.py", 'not k.startswith("parts.") or', "", "dora"),
-    ("adapter/adapter.py", "        self.load_state_dict(state)\n        self.started = True\n", "        self.load_state_dict(state)\n", "pissa"),
-    ("adapter/adapter.py", '        self._each("begin", stage)\n        self.started = True\n', '        self._each("begin", stage)\n', "init"),
-    ("adapter/adapter.py", "with exact():", "if True:", "math"),
-    ("adapter/delta.py", "_lost(b, ", "0 * _lost(b, ", "merge"),
-    ("adapter/delta.py", "return max(bias, _lost(w, base.weight))", "return bias", "merge"),
+    ("adapter/adapter.py", "        self.load_state_dict(state)\n        self.started = True\n",
+     "        self.load_state_dict(state)\n", "pissa"),
+    ("adapter/adapter.py", '        self._each("begin", stage)\n        self.started = True\n',
+     '        self._each("begin", stage)\n', "init/runs_once"),
+    ("adapter/adapter.py", "with exact():", "if True:", "math/autocast"),
+    ("adapter/delta.py", "_lost(b, ", "0 * _lost(b, ", "merge/B03"),
+    ("adapter/delta.py", "return max(bias, _lost(w, base.weight))", "return bias", "merge/B03"),
     ("adapter/delta.py", "self.module._apply(", "(lambda f: None)(", "full head_only"),
-    ("adapter/delta.py", "lambda t: _cast(t, own, theirs)", "lambda t: t", "math"),
-    ("adapter/delta.py", "copy.deepcopy(module, memo).requires_grad_(True)", "module.requires_grad_(True)", "head_only"),
+    ("adapter/delta.py", "lambda t: _cast(t, own, theirs)", "lambda t: t", "math/dtypes"),
+    ("adapter/delta.py", "copy.deepcopy(module, memo).requires_grad_(True)",
+     "module.requires_grad_(True)", "head_only"),
     ("adapter/delta.py", "base.module.load_state_dict(self.module.state_dict())", "pass", "lora"),
-    ("adapter/elastic.py", "new = nn.Parameter(new, now is None or now.requires_grad)", "new = nn.Parameter(new, False)", "lora new_process"),
+    ("adapter/elastic.py", "new = nn.Parameter(new, now is None or now.requires_grad)",
+     "new = nn.Parameter(new, False)", "lora new_process"),
     ("adapter/elastic.py", "list(got) != want", "False", "lora"),
     ("adapter/elastic.py", "needed = any(n in saved for n in group[name]) if together else", "needed =", "pissa words"),
     ("adapter/low_rank.py", "self.scale if self.gate is None else self.scale * self.gate", "self.scale", "adalora"),
     ("adapter/low_rank.py", "F.dropout(x, self.dropout, self.training)", "F.dropout(x, self.dropout, True)", "lora"),
     ("adapter/low_rank.py", "return linear(self.drop(x), a, b)", "return linear(x, a, b)", "lora"),
     ("adapter/low_rank.py", "anchored = b is not None and not self.silenced", "anchored = False", "pissa"),
-    ("adapter/low_rank.py", "a, b, None, None\n        self.silenced", "a, b, self.A0, self.B0\n        self.silenced", "pissa+relora"),
+    ("adapter/low_rank.py", "a, b, None, None\n        self.silenced",
+     "a, b, self.A0, self.B0\n        self.silenced", "pissa+relora"),
     ("adapter/low_rank.py", "torch.promote_types(like.dtype, torch.float32) if like", "like.dtype if like", "lora"),
-    ("adapter/low_rank.py", 'self.register_buffer("scale", torch.tensor(scale, dtype=dtype, device=like.device))', "self.scale = torch.tensor(scale)", "lora init"),
+    ("adapter/low_rank.py", 'self.register_buffer("scale", torch.tensor(scale, dtype=dtype, device=like.device))',
+     "self.scale = torch.tensor(scale)", "lora init/B19"),
     ("adapter/part.py", "stage.index == 0 and not self.adapter.started", "stage.index == 0", "pissa"),
     ("adapter/part.py", "isinstance(inner, Copy) or ", "", "@dora"),
     ("adapter/site.py", "return w.T if is_transposed(self.module) else w", "return w", "lora"),
     ("adapter/site.py", "self.bias.copy_(bias)", "pass", "bitfit"),
-    ("adapter/site.py", "self.module.bias = nn.Parameter(bias.to(self.weight.dtype), requires_grad=False)", "pass", "merge"),
+    ("adapter/site.py", "self.module.bias = nn.Parameter(bias.to(self.weight.dtype), requires_grad=False)",
+     "pass", "merge/B04"),
     ("attach.py", "        model.requires_grad_(False)\n", "", "lora"),
     ("attach.py", "p.requires_grad_(name in self._were_trained)", "p.requires_grad_(True)", "lora"),
     ("attach.py", "m.training = mode", "pass", "lora"),
     ("attach.py", "        self._convert(dtype)\n", "", "lora"),
-    ("attach.py", "*self.model.named_buffers()", "", "merge"),
+    ("attach.py", "*self.model.named_buffers()", "", "merge/B03"),
     ("attach.py", "            holder.unmerge(m)\n", "            holder.switch(m, True)\n", "lora"),
     ("attach.py", "        if self.merged:\n            self.unmerge()\n", "", "lora"),
     ("attach.py", "with torch.random.fork_rng():", "with contextlib.nullcontext():", "lora"),
     ("attach.py", '{**self.__dict__, "_stage": None}', "self.__dict__", "lora"),
-    ("attach.py", "        holder.allow(self._shortcuts, False)\n        self.training", "        self.training", "math"),
+    ("attach.py", "        holder.allow(self._shortcuts, False)\n        self.training",
+     "        self.training", "math/encoder"),
     ("attach.py", "        self._attached(\"merge\")\n", "", "lora"),
-    ("attach.py", "_outermost({n: m for h in heads for n, m in _named(model, h)})", "{n: m for h in heads for n, m in _named(model, h)}", "target"),
+    ("attach.py", "_outermost({n: m for h in heads for n, m in _named(model, h)})",
+     "{n: m for h in heads for n, m in _named(model, h)}", "target/B11"),
     ("checkpoint.py", "adapted.adapter.load({**tensors, ", "adapted.adapter.load({", "lora"),
-    ("checkpoint.py", 'fingerprint.of_model(model, about["heads"]) != about["base"]', "False", "merge"),
-    ("checkpoint.py", "fingerprint.of_model(adapted.model, _heads(adapted))", "fingerprint.of_model(adapted.model)", "target"),
+    ("checkpoint.py", 'fingerprint.of_model(model, about["heads"]) != about["base"]', "False", "merge/B06"),
+    ("checkpoint.py", "fingerprint.of_model(adapted.model, _heads(adapted))",
+     "fingerprint.of_model(adapted.model)", "target/B11"),
     ("checkpoint.py", "seed=0)", "seed=None)", "lora"),
-    ("checkpoint.py", 'if about["schema"] != SCHEMA', "if False", "resume"),
-    ("checkpoint.py", "            os.rename(old, folder)\n", "            pass\n", "resume"),
+    ("checkpoint.py", 'if about["schema"] != SCHEMA', "if False", "resume/B28"),
+    ("checkpoint.py", "            os.rename(old, folder)\n", "            pass\n", "resume/B28"),
     ("checkpoint.py", "if t.numel() and where in first", "if False", "@full"),
-    ("detour.py", "with exact():", "if True:", "math"),
-    ("holder.py", "        setattr(module, name, None)  # a bias that merging added", "        pass", "merge"),
-    ("holder.py", "p.data = torch.empty_like(p.data, device=device).copy_(p.data)", "p.data = torch.empty_like(p.data, device=device)", "full"),
+    ("detour.py", "with exact():", "if True:", "math/autocast"),
+    ("holder.py", "        setattr(module, name, None)  # a bias that merging added", "        pass", "merge/B04"),
+    ("holder.py", "p.data = torch.empty_like(p.data, device=device).copy_(p.data)",
+     "p.data = torch.empty_like(p.data, device=device)", "full"),
     ("holder.py", '    del module.__dict__["_held"]', "    pass", "lora"),
-    ("holder.py", "    for _, h in all_held:\n        h.delta.write(h.base)\n", "        h.delta.write(h.base)\n", "@full"),
-    ("optim.py", "options.setdefault(p, {}).update(kv)", "pass", "options"),
+    ("holder.py", "    for _, h in all_held:\n        h.delta.write(h.base)\n",
+     "        h.delta.write(h.base)\n", "@full"),
+    ("optim.py", "options.setdefault(p, {}).update(kv)", "pass", "options/lora_plus"),
     ("optim.py", "        self.index += 1\n", "        self.index = 0\n", "relora adalora"),
-    ("optim.py", "self.adapter.after_step(self.step())", "pass", "relora options"),
+    ("optim.py", "self.adapter.after_step(self.step())", "pass", "relora"),
     ("optim.py", "self.adapter.before_step(self.step())", "pass", "@adalora"),
-    ("optim.py", 'g["lr"] = g["lr"] * rate', "pass", "options"),
-    ("optim.py", "            self.depth = 0  # this step", "            pass  # this step", "wiring"),
+    ("optim.py", 'g["lr"] = g["lr"] * rate', "pass", "options/relora"),
+    ("optim.py", "            self.depth = 0  # this step", "            pass  # this step", "wiring/B15"),
+    ("optim.py", "del opt.state[p]", "pass", "lifecycle"),
+    ("optim.py", "            g[\"lr\"] = lr\n", "            pass\n", "lifecycle"),
+    ("optim.py", "if self.depth > 1:", "if False:", "lifecycle"),
     ("probe.py", "            m.training = mode", "            m.training = True", "eva"),
-    ("registry.py", "            if axis in taken:\n                raise UserError(f\"{taken[axis].name!r} and {c.name!r} both decide", "            if False:\n                raise UserError(f\"{taken[axis].name!r} and {c.name!r} both decide", "words"),
+    ("registry.py",
+     '            if axis in taken:\n                raise UserError(f"{taken[axis].name!r} and {c.name!r} both decide',
+     '            if False:\n                raise UserError(f"{taken[axis].name!r} and {c.name!r} both decide',
+     "words"),
     ("registry.py", "self.target_modules = list(wanted)", "pass", "lora"),
-    ("registry.py", "not math.isfinite(value)", "False", "options"),
+    ("registry.py", "not math.isfinite(value)", "False", "options/nonsense"),
     ("registry.py", "if isinstance(options, cls)", 'if hasattr(options, "name")', "words"),
     ("targets.py", "(ties or m not in shared)", "True", "@full"),
-    ("targets.py", "                _refuse_unfit(entry, modules, able)\n", "                pass\n", "merge"),
-    ("targets.py", "if tail and seen < count", "if False", "target"),
-    ("targets.py", 'name.endswith("." + entry)', "name.endswith(entry)", "target"),
+    ("targets.py", "                _refuse_unfit(entry, modules, able)\n", "                pass\n", "merge/B04"),
+    ("targets.py", "if tail and seen < count", "if False", "target/B08"),
+    ("targets.py", 'name.endswith("." + entry)', "name.endswith(entry)", "target/B08"),
     ("variants/bitfit.py", "if first else self.delta", "if False else self.delta", "@bitfit"),
     ("variants/dora.py", "+ g * update", "+ update", "dora"),
     ("variants/dora.py", "+ 2 * (b", "+ (b", "@dora"),
@@ -92,18 +111,19 @@ MUTANTS = [  # file, what stands there, what stands there instead, where
     ("variants/dora.py", "(self.square > 0) & (square > 0)", "square > 0", "@dora"),
     ("variants/full.py", "self.dense_bias - base.bias", "self.dense_bias", "full+dora"),
     ("variants/full.py", "to(dtype, copy=True).contiguous()", "to(dtype).contiguous()", "full+dora"),
-    ("variants/hydra_lora.py", "self.low_rank.drop(x)", "x", "options"),
-    ("variants/hydra_lora.py", ".transpose(0, 1).flatten(1)", ".flatten(0, 1).view(-1, self.experts * z.shape[-1])", "@hydra_lora"),
+    ("variants/hydra_lora.py", "self.low_rank.drop(x)", "x", "options/hydra_lora"),
+    ("variants/hydra_lora.py", ".transpose(0, 1).flatten(1)",
+     ".flatten(0, 1).view(-1, self.experts * z.shape[-1])", "@hydra_lora"),
     ("variants/ia3.py", "(self.l - 1) * base.bias", "0 * base.bias", "@ia3"),
     ("variants/ia3.py", "(?<!attention\\.)", "", "@ia3"),
     ("variants/lora.py", "self.low_rank.randomize()", "pass", "words"),
     ("variants/lora.py", '"input", ', "", "words"),
-    ("variants/lora_plus.py", "self.config.ratio", "1.0", "options"),
+    ("variants/lora_plus.py", "self.config.ratio", "1.0", "options/lora_plus"),
     ("variants/lotr.py", 'if not silenced and "zero"', 'if False and "zero"', "@lotr"),
     ("variants/lotr.py", "left.T @ w @ right.T", "right @ w.T @ left", "@lotr"),
     ("variants/molora.py", "e.update(x, base, y)", "e.update(x, base, y).detach()", "molora"),
     ("variants/molora.py", "isinstance(first, Copy) or ", "", "@molora"),
-    ("variants/pissa.py", "self.config.niter", "0", "options"),
+    ("variants/pissa.py", "self.config.niter", "0", "options/pissa"),
     ("variants/vera.py", 'self.__dict__["bank"] = bank', "self.bank = bank", "vera vera+dora"),
     ("variants/vera.py", 'if torch.equal(checksum(a, b), saved["checksum"].cpu()):', "if True:", "@vera"),
     ("variants/vera.py", "generator=generator", "generator=None", "@vera"),
@@ -144,17 +164,29 @@ def run(broken: dict[str, str], where: str) -> tuple[bool, str]:
         shutil.copy(ROOT / "pyproject.toml", room)
         for file, text in broken.items():
             Path(room, "lorafactory", file).write_text(text)
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "", *map(node, where.split())]
-        environment = {**os.environ, "PYTHONPATH": room, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=room, env=environment, capture_output=True, text=True)
+        said = ""
+        for token in where.split():
+            passed, said = ran(room, *selected(token))
+            if not passed:
+                return False, said
+    return True, said
+
+
+def ran(room: str, *which: str) -> tuple[bool, str]:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "", *which]
+    environment = {**os.environ, "PYTHONPATH": room, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=room, env=environment, capture_output=True, text=True)
     lines = [line[1:].strip() for line in done.stdout.splitlines() if line.startswith("E  ")]
     return done.returncode == 0, (lines or done.stdout.splitlines()[-1:] or [done.stderr[-200:]])[0][:140]
 
 
-def node(where: str) -> str:
-    if where.startswith("@"):
-        return f"tests/variants/test_{where[1:]}.py"
-    return FILES.get(where) or f"tests/contract/test_life.py::test_life[{where}]"
+def selected(token: str) -> list[str]:
+    file, _, tests = token.partition("/")
+    if file.startswith("@"):
+        path = f"tests/variants/test_{file[1:]}.py"
+    else:
+        path = FILES.get(file) or f"tests/contract/test_life.py::test_life[{file}]"
+    return [path, "-k", tests] if tests else [path]
 
 
 if __name__ == "__main__":

@@ -70,6 +70,29 @@ def test_B36_one_policy_of_dtypes(name, dtype, autocast, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_B36_penalties_hooks_and_steps_ignore_autocast(name):
+    """Gram products, norms and a variant's own optimiser: the same bits whether the loop around them is in autocast."""
+    states = []
+    for autocast in (False, True):
+        torch.manual_seed(0)
+        base = Net()
+        data = Regression(base)
+        adapted = attached(name, base, data)
+        optimizer = adapted.optimizer(adamw, 8)
+        for batch in data(6):
+            task = loss(adapted, batch)
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                penalty = adapted.penalty()
+            optimizer.zero_grad()
+            (task + penalty).backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                torch.manual_seed(1)
+                optimizer.step()
+        states.append(adapted.adapter.state_dict())
+    assert same(*states)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_B36_a_step_moves_float32_numbers_where_bfloat16_would_stand(name):
     """At a small rate a step is far below bfloat16's spacing; every entry with a gradient moves all the same."""
     torch.manual_seed(0)

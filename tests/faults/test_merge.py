@@ -80,7 +80,7 @@ def test_B03_a_narrow_base_cannot_swallow_the_update(name):
         pytest.skip("it is never merged")
     base.bfloat16()
     data = Regression(base)
-    adapted = attached(name, base, data, trained_modules=["head"]).eval()
+    adapted = attached(name, base, data).eval()
     with torch.no_grad():
         g = torch.Generator().manual_seed(1)
         for p in adapted.adapter.parameters():
@@ -91,7 +91,7 @@ def test_B03_a_narrow_base_cannot_swallow_the_update(name):
         adapted.merge()
     assert not adapted.merged and same(adapted.model.state_dict(), before), "a refused merge leaves traces"
     float_base = copy.deepcopy(base).float()
-    wide = attached(name, float_base, Regression(float_base), trained_modules=["head"]).eval()
+    wide = attached(name, float_base, Regression(float_base)).eval()
     wide.adapter.load(cloned(adapted.adapter.state_dict()))
     y = wide(x).detach()
     lost = adapted.merge(dtype=torch.float32)

@@ -37,6 +37,12 @@ def test_the_budget_is_full_then_cubic_then_the_target():
     assert b[44] == int(8 + 8 * (1 - 35 / 70) ** 3)
 
 
+def test_shares_of_the_steps_are_whole_steps():
+    """0.29 x 100 is 28.999999999999996 in binary."""
+    _, _, adapted = built(warmup=0.29, final=0.57)
+    assert part(adapted).phases(100) == (29, 43)
+
+
 def test_scores_are_the_papers_by_hand():
     """One pair with A, B, E of a single entry each: I = 0.15 |w g|, U = 0.15 |now - I|, S = sum of I U."""
     class Pair:
@@ -200,12 +206,15 @@ def test_training_is_pefts(every):
         for n, k, p, q in triplets:
             assert near(p.detach(), q.detach().view_as(p)), (t, n, k)
             assert k != "gate" or torch.equal(p == 0, q.flatten() == 0), (t, n)
-            if t < total - 4:  # afterwards PEFT forgets them
+            if t < total - 4:  # then the scores stand, and PEFT forgets them
                 kept = allocator.exp_avg_ipt, allocator.exp_avg_unc
                 key = f"net.{n}.{TRIPLET[k]}.default"
                 for kind, average in zip("iu", kept, strict=True):
                     mine = getattr(scores[n], f"{kind}_{k}")
                     assert mine.max() > 0 and near(mine, average[key].view_as(mine), 1e-5 * float(mine.max())), (t, n, k)
+        if t == total - 5:
+            last = [scores[n].importance() for n in LAYERS]
+    assert all(torch.equal(scores[n].importance(), s) for n, s in zip(LAYERS, last, strict=True))
     assert sum(int((low.gate != 0).sum()) for low in lows.values()) == 6
     x = torch.randn(5, 24)
     assert near(ours(x).detach(), net(x).detach())

@@ -127,11 +127,17 @@ def test_it_stops_when_the_directions_settle():
     assert 2 <= len(seen) < 10
 
 
-def test_a_settled_layer_is_done_while_others_go_on(monkeypatch):
-    """The line is clear after two batches; the four directions of the flat one, alike, turn on and on."""
+def patched(monkeypatch, shares):
+    """The surveys of a start in which each layer is to get these ranks."""
     kept = []
-    monkeypatch.setattr(EVA, "shares", lambda self, found: kept.append(found) or dict.fromkeys(found, 1))
-    two(rank=1, batches=[torch.randn(9, 8) for _ in range(6)], rho=1.0, tau=0.999)
+    monkeypatch.setattr(EVA, "shares", lambda self, found: kept.append(found) or {n: shares.get(n, 1) for n in found})
+    return kept
+
+
+def test_a_settled_layer_is_done_while_others_go_on(monkeypatch):
+    """The line is clear after two batches, though what else it might get is noise; the flat one turns on and on."""
+    kept = patched(monkeypatch, {})
+    two(rank=1, batches=[torch.randn(9, 8) for _ in range(6)], rho=4.0, tau=0.999)
     assert (kept[-1]["line"].n, kept[-1]["flat"].n) == (2 * 9, 6 * 9)
 
 
@@ -147,9 +153,19 @@ class Attention(nn.Module):
 def test_layers_that_read_one_tensor_share_a_pca(monkeypatch):
     added, add = [], Components.add
     monkeypatch.setattr(Components, "add", lambda self, x: added.append(x) or add(self, x))
-    _, low = two(model=Attention(), rho=1.0, tau=1.0)
+    _, low = two(model=Attention(), batches=[torch.randn(16, 4, 8) for _ in range(3)], rho=1.0, tau=1.0)
     assert len(added) == 3 * 2, "three batches, once for query, key and value and once for out"
     assert torch.equal(low["query"].A, low["value"].A) and not torch.equal(low["query"].A, low["out"].A)
+
+
+def test_a_shared_pca_is_done_when_the_last_that_reads_it_is(monkeypatch):
+    """One direction is clear at once; the three that key is to get are alike beyond it."""
+    scales = torch.tensor([100.0, 1, 1, 1, 1, 1, 1, 1])
+    batches = [torch.randn(9, 8) * scales for _ in range(6)]
+    for shares, seen in (({}, 2), ({"key": 3}, 6)):
+        kept = patched(monkeypatch, shares)
+        two(rank=1, model=Attention(), batches=batches, rho=4.0, tau=0.999)
+        assert kept[-1]["query"].n == seen * 9
 
 
 class Three(Two):
@@ -199,6 +215,21 @@ def test_padding_is_left_out():
     (low,) = [low for _, low in adapted.adapter.low_ranks()]
     values, vectors = torch.linalg.eigh(torch.cov(x[:, :2].reshape(-1, 4).T))
     assert seen and close((low.A[0] @ vectors[:, -1]).abs(), torch.tensor(1.0), 10)
+
+
+class Routed(Two):
+    """Its second layer gets no row of a batch of negative numbers."""
+
+    def forward(self, x):
+        return self.line(x).mean() + self.flat(x[x[:, 0] > 0]).sum()
+
+
+def test_a_layer_without_rows_in_a_batch_waits_for_the_next():
+    x = decaying(64, 8, 0.9)
+    _, low = two(model=Routed(), batches=[-x.abs(), x], tau=0.5)
+    assert sum(pair.rank for pair in low.values()) == 4 and all(pair.A.isfinite().all() for pair in low.values())
+    with pytest.raises(UserError, match="no input reached flat"):
+        two(model=Routed(), batches=[-x.abs()])
 
 
 @pytest.mark.parametrize("options", [{"rho": 0.5}, {"tau": 0.0}, {"batches": 0}, {"niter": -1}])

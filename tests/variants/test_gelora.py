@@ -175,7 +175,7 @@ def test_pooling_by_hand():
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]])
     assert torch.equal(probe._pooled(x, mask, "mean"), torch.stack([x[0, :2].mean(0), x[1, :3].mean(0)]))
     assert torch.equal(probe._pooled(x, mask, "cls"), torch.stack([x[0, 0], x[1, 0]]))
-    assert torch.equal(probe._pooled(x, mask, "last"), torch.stack([x[0, 1], x[1, 2]]))
+    assert torch.equal(probe._pooled(x, mask, "last_token"), torch.stack([x[0, 1], x[1, 2]]))
     assert torch.equal(probe._pooled(x, mask.flip(1), "cls"), torch.stack([x[0, 2], x[1, 1]]))
     assert torch.equal(probe._pooled(x[:, 0], mask, "mean"), x[:, 0])
 
@@ -185,7 +185,7 @@ def test_too_few_samples_are_refused():
         attach(Blocks(), "gelora", rank=4, batches=[torch.rand(20, 12)], loss=lambda m, b: m(b).sum())
     with pytest.raises(UserError, match="fewer than 50"):
         registry.config("gelora", budget={"samples": 20})
-    with pytest.raises(UserError, match="mean, cls, last"):
+    with pytest.raises(UserError, match="mean, cls, last_token"):
         registry.config("gelora", budget={"pooling": "max"})
 
 

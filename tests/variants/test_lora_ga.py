@@ -6,7 +6,7 @@ import pytest
 import torch
 from support import Net, Regression, attached, close, loss, perturb
 
-from lorafactory import UserError, attach, registry
+from lorafactory import UserError, attach, probe, registry
 from lorafactory.variants.lora_ga import LoRAGA
 
 SMALL = {"batches": 4, "gamma": 4.0}
@@ -85,6 +85,18 @@ def test_norm_clip_bounds_the_start_by_the_weight():
         most = [float((low.scale * (low.B @ low.A)).detach().abs().max() / site.base.weight.abs().max())
                 for site, low in adapted.adapter.low_ranks()]  # fmt: skip
         assert (max(most) <= 1 + 1e-5) == clip
+
+
+def test_norm_clip_leaves_a_start_that_is_small_enough():
+    (_, _, plain), (_, _, clipped) = built(gamma=1e4), built(gamma=1e4, norm_clip=True)
+    for (_, a), (_, b) in zip(plain.adapter.low_ranks(), clipped.adapter.low_ranks(), strict=True):
+        assert torch.equal(a.A, b.A) and torch.equal(a.B, b.B)
+
+
+def test_the_probe_gives_the_mean_gradient_of_the_batches():
+    base, data, adapted = built()
+    found = probe.gradients(adapted._stage, 4)
+    assert all(close(found[name], gradient(base, data, name, 4)) for name in LAYERS)
 
 
 def test_the_function_is_untouched_and_the_first_step_goes_along_the_gradient():

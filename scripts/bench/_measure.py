@@ -1,0 +1,103 @@
+"""Times of several training steps taken in turn, and the peak memory of one side in a process of its own."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import time
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+from _sides import Batch, Side, bare, batches, config_of, layers, ours
+
+from lorafactory import describe, registry
+from lorafactory.memory import Peak
+
+WARMUP = 3  # rounds before the first that counts: allocators and optimiser states settle
+STEPS = 4  # that a peak is taken over
+
+
+def hush() -> None:
+    """transformers and PEFT warn about their own futures, once a process."""
+    for category in (FutureWarning, UserWarning):
+        warnings.simplefilter("ignore", category)
+
+
+def make(side: str, model: Any, spelling: str, rank: int, total: int) -> Side:
+    """A side on this very model. total: optimiser steps that it will take."""
+    torch.manual_seed(0)
+    if side == "bare":
+        return bare(model)
+    config = config_of(spelling, rank)
+    if side == "ours":
+        return ours(model, config, total)
+    from _peft import theirs  # here: the others do without PEFT
+
+    return theirs(model, spelling, config, layers(model, config), total)
+
+
+def alternate(steps: dict[str, Callable[[Batch], None]], data: list[Batch], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each step in each round, A B C, B C A, C A B …: what disturbs the machine disturbs all alike."""
+    order = list(steps)
+    seconds: dict[str, list[float]] = {name: [] for name in order}
+    gc.collect()
+    gc.disable()
+    try:
+        for r in range(WARMUP + rounds):
+            k = r % len(order)
+            for name in order[k:] + order[:k]:
+                began = time.perf_counter()
+                steps[name](data[r % len(data)])
+                seconds[name].append(time.perf_counter() - began)
+    finally:
+        gc.enable()
+    return {name: s[WARMUP:] for name, s in seconds.items()}
+
+
+def started(side: str, base: Any, spelling: str, rank: int, rounds: int) -> tuple[Side, float]:
+    """A side on a copy of the base, and the seconds that its start took."""
+    model = copy.deepcopy(base)
+    began = time.perf_counter()
+    made = make(side, model, spelling, rank, WARMUP + rounds)
+    return made, time.perf_counter() - began
+
+
+def peak(side: str, model: str, spelling: str, rank: int, threads: int) -> int:
+    """Bytes that this process grows by, beyond the loaded model, while the side starts and takes STEPS steps."""
+    hush()
+    registry.discover()
+    torch.set_num_threads(threads)
+    base = describe.base_model(model)
+    if side == "theirs":
+        import _peft  # noqa: F401  its modules are not the method's memory
+    data = batches(base)
+    for p in base.parameters():
+        p.detach().sum()  # weights are mapped until they are read
+    measured = Peak(torch.device("cpu"))
+    step = make(side, base, spelling, rank, STEPS).step
+    for batch in data[:STEPS]:
+        step(batch)
+    grown = measured.read()
+    if not grown:
+        raise RuntimeError("this system does not tell a process its peak memory (VmHWM in /proc/self/status)")
+    return grown
+
+
+class Apart:
+    """peak() in a new process each time, forked from one that has only imported what all of them need."""
+
+    def __enter__(self) -> Apart:
+        context = get_context("forkserver")
+        context.set_forkserver_preload(["torch", "peft", "lorafactory", "transformers.models.bert.modeling_bert"])
+        self.pool = ProcessPoolExecutor(1, context, max_tasks_per_child=1)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
+    def peak(self, side: str, model: str, spelling: str, rank: int) -> int:
+        return self.pool.submit(peak, side, model, spelling, rank, torch.get_num_threads()).result()
