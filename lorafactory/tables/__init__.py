@@ -42,9 +42,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("spec", help="a name under configs/table, or the path of a .yaml file")
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of records (results)")
     parser.add_argument("--with-scratch", action="store_true", help="also failed runs and those of changed code")
+    parser.add_argument("--missing", action="store_true",
+                        help="only print the commands that run the seeds which selected points lack")  # fmt: skip
     parser.add_argument("--out", type=Path, help="folder to write to (RESULTS/tables; RESULTS/scratch/tables)")
     given = parser.parse_args(argv)
     table = build(load(given.spec), given.results, given.with_scratch)
+    if given.missing:
+        print("\n".join(table.missing()))
+        return 0
     print(render.text(table))
     below = given.results / "scratch" if given.with_scratch else given.results
     for path in write(table, given.out or below / "tables"):

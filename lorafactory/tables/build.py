@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,14 @@ class Table:
     majority: dict[str, float | None]
     notes: list[str]
     left_out: list[str]
+
+    def missing(self) -> Iterator[str]:
+        """Commands that run the listed seeds which a selected point lacks: tune on one seed, then score on all."""
+        wanted = self.spec.seeds if isinstance(self.spec.seeds, tuple) else ()
+        for cell in (c for row in self.rows for c in row.cells.values() if c.point):
+            if absent := [str(seed) for seed in wanted if seed not in cell.seen]:
+                words = [w for w in shlex.split(cell.command) if not w.startswith("seed=")]
+                yield shlex.join([*words[:2], "-m", *words[2:], f"seed={','.join(absent)}"])
 
     def commands(self) -> Iterator[tuple[Row, str, str]]:
         """(row, column label, command that makes one of its runs again)."""

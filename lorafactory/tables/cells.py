@@ -34,8 +34,9 @@ class Run:
 
 @dataclass
 class Cell:
-    """values: {seed: score} of the healthy runs at the selected point. sick: {kind: how many} over all points tried.
-    edge: settings whose selected value is the outermost one tried. costs: {name: {seed: value}} of the same runs."""
+    """values: {seed: score} of the healthy runs at the selected point; seen: all seeds run there. sick: {kind: how many}
+    over all points tried. edge: settings whose selected value is the outermost one tried. costs: {name: {seed: value}}
+    of the same runs."""
 
     values: dict[int, float] = field(default_factory=dict)
     expected: int = 0
@@ -47,6 +48,7 @@ class Cell:
     sick: dict[str, int] = field(default_factory=dict)
     costs: dict[str, dict[int, float]] = field(default_factory=dict)
     command: str = ""
+    seen: frozenset[int] = frozenset()
 
     @property
     def mean(self) -> float | None:
@@ -103,6 +105,7 @@ def cell(runs: list[Run], column: TaskColumn, spec: Spec, expected: int) -> Cell
     wanted = spec.seeds if isinstance(spec.seeds, tuple) else chosen
     chosen = {seed: run for seed, run in chosen.items() if seed in wanted}
     made.values = {seed: value(run, "test", column.metric) or 0.0 for seed, run in chosen.items()}
+    made.seen = frozenset(points[best])
     made.point = dict(zip(spec.select.over, best, strict=True))
     made.edge = tuple(key for i, key in enumerate(spec.select.over) if _outermost(best[i], {p[i] for p in points}))
     made.costs = {name: _costs(chosen, name) for name in dict.fromkeys((*spec.costs, spec.plot)) if name}

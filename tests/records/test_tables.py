@@ -78,6 +78,19 @@ def test_selection_on_one_seed_and_scores_on_three(results):
     assert (cell.point, cell.values, cell.tried) == ({"train.lr": 1e-3}, {0: 0.5, 1: 0.6, 2: 0.6}, 3)
 
 
+def test_missing_names_the_seeds_that_selected_points_lack(results, capsys, tmp_path):
+    for lr, selection in ((1e-4, 0.7), (1e-3, 0.9), (1e-2, 0.8)):
+        results.add("lora", seed=0, selection=selection, config=at(lr))
+    results.add("lora", seed=1, config=at(1e-3), **diverged())
+    wanted = spec(select={"over": ["train.lr"], "seeds": [0]}, seeds=[0, 1, 2])
+    table = build(wanted, results.folder)
+    assert list(table.missing()) == ["lorafactory run -m variant=lora task=bbc train.lr=0.001 seed=2"], (
+        "seed 1 was run there and diverged; running it again changes nothing"
+    )
+    results.add("lora", seed=2, config=at(1e-3))
+    assert list(build(wanted, results.folder).missing()) == []
+
+
 def test_a_point_with_lost_seeds_does_not_win_by_the_rest(results):
     results.row("lora", [0.80, 0.80, 0.80], config=at(1e-3))
     results.add("lora", seed=0, score=0.95, config=at(1e-2))
