@@ -42,9 +42,9 @@ class Table:
     def missing(self) -> Iterator[str]:
         """Commands that run the listed seeds which a selected point lacks: tune on one seed, then score on all."""
         wanted = self.spec.seeds if isinstance(self.spec.seeds, tuple) else ()
-        for cell in (c for row in self.rows for c in row.cells.values() if c.point):
-            if absent := [str(seed) for seed in wanted if seed not in cell.seen]:
-                words = [w for w in shlex.split(cell.command) if not w.startswith("seed=")]
+        for made in (c for row in self.rows for c in row.cells.values() if c.point):
+            if absent := [str(seed) for seed in wanted if seed not in made.seen]:
+                words = [w for w in shlex.split(made.command) if not w.startswith("seed=")]
                 yield shlex.join([*words[:2], "-m", *words[2:], f"seed={','.join(absent)}"])
 
     def commands(self) -> Iterator[tuple[Row, str, str]]:
