@@ -15,6 +15,7 @@ from torch import Tensor
 from . import holder, registry, targets
 from .adapter import Adapter, Stage
 from .errors import UserError
+from .mount import Mount
 from .optim import Lifecycle
 
 log = logging.getLogger(__name__)
@@ -41,30 +42,16 @@ class Adapted(nn.Module):
         if any(isinstance(m, holder.Holder) for m in model.modules()):
             raise UserError("this model already has an adapter: detach() it first, or merge it and save the result")
         structure = registry.chosen(config)[0]
-        heads = targets.head_modules(model) if config.trained_modules is None else config.trained_modules
-        head_modules = _outermost({n: m for h in heads for n, m in _named(model, h)})
-        found = targets.find(model, config.target_modules, list(head_modules), structure.fits, structure.ties)
+        heads = targets.trained_modules(model, config.trained_modules)
+        found = targets.find(model, config.target_modules, list(heads), structure.fits, structure.ties)
         with seeded(seed):
-            self.adapter = Adapter(config, found.sites, head_modules).train(model.training)
+            self.adapter = Adapter(config, found.sites, heads).train(model.training)
         self.model = model
         self.seed, self.targets = seed, {e: len(names) for e, names in found.entries.items()}
-        self.merged = False
-        self.__dict__["_were_trained"] = [n for n, p in model.named_parameters() if p.requires_grad]
-        self.__dict__["_modes"] = {m: m.training for m in model.modules()}
-        self.__dict__.update(_dtypes={}, _stage=None, _index=0)
-        model.requires_grad_(False)
+        self.__dict__.update(_stage=None, _index=0)
         by_key = {s.key: s.base.module for s in found.sites}
         held: list[tuple[nn.Module, Any]] = [(by_key[k], d) for k, d in self.adapter.deltas.items()]
-        held += [(m, self.adapter.trained[n.replace(".", "/")]) for n, m in head_modules.items()]
-        self.__dict__["_held"] = held
-        self.__dict__["_shortcuts"] = holder.shortcuts(model)
-        try:
-            for module, delta in held:
-                holder.hold(module, delta)
-        except BaseException:
-            self._released()
-            raise
-        holder.allow(self._shortcuts, False)
+        self.mount = Mount(model, held + [(m, self.adapter.trained[n.replace(".", "/")]) for n, m in heads.items()])
         self.training = model.training
         self._rest()
 
@@ -148,69 +135,51 @@ class Adapted(nn.Module):
         self._attached("merge")
         if not self.adapter.mergeable:
             raise UserError(f"{self.variant} depends on its input, so no single weight equals it: it cannot be merged")
-        self._convert(dtype)
-        errors = {n: d.error(holder.held(m).base) for n, m, d in self._named_held()}
-        if over := {n: e for n, e in errors.items() if not e <= limit}:
-            self._convert(None)
-            worst = max(over, key=lambda n: over[n])
-            raise UserError(
-                f"merging loses {over[worst]:.0%} of the update of {worst} to rounding (limit {limit:.0%}): "
-                "merge(dtype=torch.float32), or raise limit"
-            )
-        holder.merge(m for m, _ in self._held)
-        holder.allow(self._shortcuts, True)
-        self.merged = True
-        return errors
+        return self.mount.merge(dtype, limit)
 
     def unmerge(self) -> None:
         """The base's own weights, bit for bit, and the adapter on top again."""
         if not self.merged:
             raise UserError("not merged: nothing to unmerge")
-        for m, _ in self._held:
-            holder.unmerge(m)
-        holder.allow(self._shortcuts, False)
-        self._convert(None)
-        self.merged = False
+        self.mount.unmerge()
+
+    @property
+    def merged(self) -> bool:
+        return self.mount.merged
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[nn.Module]:
         """Inside, the model is the base model bit for bit, its own head included."""
         was = self._attached("disable", within=True)
         try:
-            self._switch(False)
+            self.mount.switch(False)
             yield self.model
         finally:
-            self._switch(was)
-
-    def _switch(self, on: bool) -> None:
-        for m, _ in self._held:
-            holder.switch(m, on)
-        holder.allow(self._shortcuts, not on)
+            self.mount.switch(was)
 
     def _attached(self, what: str, within: bool = False) -> bool:
         """Whether the adapter runs; UserError where it is merged, detached or, unless `within`, disabled."""
         if self.merged:
             raise UserError(f"cannot {what}: the adapter is merged; unmerge() it first")
-        if not self._held:
+        if not self.mount.held:
             raise UserError(f"cannot {what}: the adapter is detached; save() it and load() that to attach it again")
-        on = all(holder.held(m).on for m, _ in self._held)
-        if not on and not within:
+        if not self.mount.on and not within:
             raise UserError(f"cannot {what} inside disabled()")
-        return on
+        return self.mount.on
 
     def detach(self) -> nn.Module:
         """The base model, bit for bit as before attach(); the adapter lives on without it."""
         if self.merged:
             self.unmerge()
-        if self._held:
+        if self.mount.held:
             self._attached("detach")
-        return self._released()
+        return self.mount.release()
 
     def bake(self) -> nn.Module:
         """A plain model with the adapter merged into it for good."""
         if not self.merged:
             self.merge()
-        return self._released()
+        return self.mount.release()
 
     def save(self, folder: str | Path) -> Path:
         """Write the adapter, its config and the base's fingerprint; see lorafactory.load."""
@@ -226,37 +195,6 @@ class Adapted(nn.Module):
     def variant(self) -> str:
         return registry.spell(self.adapter.config)
 
-    def _named_held(self) -> Iterator[tuple[str, nn.Module, Any]]:
-        names = {m: n for n, m in self.model.named_modules()}
-        return ((names[m], m, d) for m, d in self._held)
-
-    def _released(self) -> nn.Module:
-        for m, _ in self._held:
-            if "_held" in m.__dict__:  # else hold() did not get so far
-                holder.release(m)
-        holder.allow(self._shortcuts, True)
-        for name, p in self.model.named_parameters():
-            p.requires_grad_(name in self._were_trained)
-        for m, mode in self._modes.items():
-            m.training = mode
-        self.__dict__["_held"] = []
-        return self.model
-
-    @torch.no_grad()
-    def _convert(self, dtype: torch.dtype | None) -> None:
-        """Every floating tensor to dtype, remembering what it was; None: back (widening loses nothing)."""
-        named = (*self.model.named_parameters(), *self.model.named_buffers())
-        tensors = {n: t for n, t in named if t.is_floating_point()}
-        for name, t in tensors.items():
-            if dtype is not None and torch.promote_types(dtype, t.dtype) != dtype:
-                raise UserError(f"merge(dtype={dtype}) would narrow {name} from {t.dtype}: use a wider dtype")
-        for name, t in tensors.items():
-            new = self._dtypes.pop(name, t.dtype) if dtype is None else dtype
-            if new != t.dtype:
-                if dtype is not None:
-                    self._dtypes[name] = t.dtype
-                t.data = t.data.to(new)
-
 
 def _own_loss(model: nn.Module, batch: Any) -> Tensor:
     out = model(**batch)
@@ -264,20 +202,6 @@ def _own_loss(model: nn.Module, batch: Any) -> Tensor:
     if loss is None:
         raise UserError("the model's output has no loss for these batches: give attach(…, loss=lambda model, batch: …)")
     return loss
-
-
-def _named(model: nn.Module, entry: str) -> list[tuple[str, nn.Module]]:
-    found = [(n, m) for n, m in model.named_modules() if n and targets.matches(entry, n)]
-    if not found:
-        last = {n.rpartition(".")[2] for n, _ in model.named_modules() if n}
-        raise UserError(f"trained_modules entry {entry!r} matches no module; {registry.nearest(entry, last)}")
-    if idle := [n for n, m in found if next(m.parameters(), None) is None]:
-        raise UserError(f"trained_modules entry {entry!r} matches {idle[0]}, which has no parameters")
-    return found
-
-
-def _outermost(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    return {n: m for n, m in modules.items() if not targets.inside(n.rpartition(".")[0], modules)}
 
 
 def attach(

@@ -40,6 +40,21 @@ def head_modules(model: nn.Module) -> list[str]:
     return [n for n, m in beside if any(True for _ in m.parameters())]
 
 
+def trained_modules(model: nn.Module, entries: list[str] | None) -> dict[str, nn.Module]:
+    """The modules to train whole, the outermost of those that match; None: the task head. Raises UserError for an entry
+    that matches nothing, or what has no parameters."""
+    found: dict[str, nn.Module] = {}
+    for entry in head_modules(model) if entries is None else entries:
+        named = {n: m for n, m in model.named_modules() if n and matches(entry, n)}
+        if not named:
+            last = {n.rpartition(".")[2] for n, _ in model.named_modules() if n}
+            raise UserError(f"trained_modules entry {entry!r} matches no module; {nearest(entry, last)}")
+        if idle := [n for n, m in named.items() if next(m.parameters(), None) is None]:
+            raise UserError(f"trained_modules entry {entry!r} matches {idle[0]}, which has no parameters")
+        found |= named
+    return {n: m for n, m in found.items() if not inside(n.rpartition(".")[0], found)}
+
+
 def _output(model: Any) -> nn.Module | None:
     """The output embedding of a transformers model that has one."""
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
