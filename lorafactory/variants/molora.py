@@ -4,7 +4,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..adapter import Copy, Delta, Part
+from ..adapter import Copy, Delta, Part, linear
 from ..errors import UserError
 from ..registry import RoutingConfig, register
 
@@ -26,9 +26,21 @@ class Mixture(Delta):
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.to(self.router.dtype), self.router).softmax(-1)
 
+    def pairs(self, base):
+        """(B_k, A_k) of every expert; None where an expert is more than that: a shift, a dropout of its own."""
+        if self.training and any(getattr(m, "dropout", 0.0) for m in self.experts.modules()):
+            return None
+        found = [e.factors() for e in self.experts if e.shift(base) is None]
+        return found if len(found) == len(self.experts) and None not in found else None
+
     def update(self, x, base, y):
         weights = self.gates(x).unbind(-1)
-        return sum(w[..., None] * e.update(x, base, y) for w, e in zip(weights, self.experts, strict=True))
+        if (pairs := self.pairs(base)) is None:
+            return sum(w[..., None] * e.update(x, base, y) for w, e in zip(weights, self.experts, strict=True))
+        # sum_k w_k B_k A_k x = [B_1 ... B_E] (w * [A_1; ...; A_E] x): no output is formed for each expert
+        b, a = zip(*pairs, strict=True)
+        each = torch.cat([w[..., None].expand(*w.shape, len(rows)) for w, rows in zip(weights, a, strict=True)], -1)
+        return linear(linear(x, torch.cat(a)) * each, torch.cat(b, 1))
 
 
 @register("molora")
@@ -39,7 +51,8 @@ class MoLoRA(Part):
     its own; over `ia3` it is the paper's MoV, y = (sum_k w_k l_k) * W0 x. The router reads x before any dropout; no
     loss balances the experts. One expert is the plain delta.
 
-    Cost: experts times the inner update, and experts d_in products a position for the router."""
+    Cost: experts times the inner update, and experts d_in products a position for the router; low-rank experts without
+    dropout run as one pair of rank experts rank."""
 
     paper = "MoLoRA, arXiv 2309.05444"
     axis = "routing"

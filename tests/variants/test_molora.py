@@ -173,3 +173,28 @@ def test_nonsense():
     for options in ({"experts": 0}, {"router_std": -1.0}):
         with pytest.raises(UserError, match=f"{next(iter(options))} is"):
             attach(Net(), "molora", routing=options)
+
+
+@pytest.mark.parametrize("inner", ("lora", "vera", "lotr"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_one_tall_pair_is_the_sum_over_experts(inner, dtype):
+    """Values and gradients; and with dropout every expert still draws its own."""
+    adapted = make(inner)
+    perturb(adapted.adapter, 0.2)
+    for s, d in mixtures(adapted):
+        x = torch.randn(5, 7, s.d_in, requires_grad=True)
+        trained = [p for p in d.parameters() if p.requires_grad]
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+            fast = d.update(x, s.base, None)
+            slow = sum(w[..., None] * e.update(x, s.base, None) for w, e in zip(d.gates(x).unbind(-1), d.experts, strict=True))
+        error = 1e-6 if dtype is torch.float32 else 2e-2
+        assert (fast - slow).norm() < error * slow.norm()
+        ours, theirs = (torch.autograd.grad(y.float().square().sum(), [x, *trained]) for y in (fast, slow))
+        assert all((a - b).norm() < 2 * error * b.norm() for a, b in zip(ours, theirs, strict=True))
+    assert any(d.pairs(s.base) for s, d in mixtures(adapted))
+
+
+def test_with_dropout_each_expert_draws_its_own():
+    adapted = make("lora", dropout=0.5)
+    for s, d in mixtures(adapted):
+        assert d.train().pairs(s.base) is None and d.eval().pairs(s.base) is not None
