@@ -1,7 +1,8 @@
 """GLUE's classification tasks from the hub or a folder in its layout.
 
 The public test labels are hidden (-1), so by default the public validation set is the test split and selection is a
-seeded part of train, for every task alike. Presets: configs/task/{cola,sst2,mrpc}.yaml."""
+seeded part of train, for every task alike. STS-B is a regression (regression.py); mnli and
+mnli_mm score on its two validation sets."""
 
 from __future__ import annotations
 

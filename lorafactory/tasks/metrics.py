@@ -1,4 +1,4 @@
-"""Classification metrics. An undefined value is None with its reason, never 0 and never NaN."""
+"""Metrics of classes and of numbers. An undefined value is None with its reason, never 0 and never NaN."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from ..registry import nearest
 
 
 class Undefined(Exception):
@@ -45,47 +44,72 @@ def matthews(predicted: np.ndarray, true: np.ndarray) -> float:
     return float((p * t).sum() / np.sqrt((p * p).sum() * (t * t).sum()))
 
 
-METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
-    f.__name__: f for f in (accuracy, f1, macro_f1, matthews)
-}
+def pearson(predicted: np.ndarray, true: np.ndarray) -> float:
+    """Linear correlation."""
+    for what, values in (("predictions", predicted), ("references", true)):
+        if np.ptp(values) == 0:
+            raise Undefined(f"all {what} are {values[0]}")
+    return float(np.corrcoef(predicted, true)[0, 1])
 
 
-def metric(name: str) -> Callable[[np.ndarray, np.ndarray], float]:
-    if name not in METRICS:
-        raise UserError(f"no metric {name!r}; {nearest(name, METRICS)}")
-    return METRICS[name]
+def spearman(predicted: np.ndarray, true: np.ndarray) -> float:
+    """The linear correlation of the ranks; equal values share their mean rank."""
+    from scipy.stats import rankdata
+
+    return pearson(rankdata(predicted), rankdata(true))
 
 
-def compute(names: list[str], logits: list[list[float]], references: list[int]) -> dict[str, Any]:
+Metric = Callable[[np.ndarray, np.ndarray], float]
+CLASSES: dict[str, Metric] = {f.__name__: f for f in (accuracy, f1, macro_f1, matthews)}
+NUMBERS: dict[str, Metric] = {f.__name__: f for f in (pearson, spearman)}
+
+
+def metric(name: str, among: dict[str, Metric]) -> Metric:
+    if name not in among:
+        raise UserError(f"no metric {name!r} for this kind of task; it has {', '.join(among)}")
+    return among[name]
+
+
+def classify(names: list[str], logits: list[list[float]], references: list[int]) -> dict[str, Any]:
     """Every named metric of the largest logit's class; see Task.metrics for the shape of the answer."""
-    scores, true = np.asarray(logits, np.float64), np.asarray(references)
+    return _compute(names, CLASSES, logits, references, lambda scores: scores.argmax(1))
+
+
+def regress(names: list[str], predictions: list[list[float]], references: list[float]) -> dict[str, Any]:
+    """Every named metric of the rows' single numbers."""
+    return _compute(names, NUMBERS, predictions, references, lambda scores: scores[:, 0])
+
+
+def _compute(names: list[str], among: dict[str, Metric], raw: list, references: list, answer: Callable) -> dict[str, Any]:
+    scores, true = np.asarray(raw, np.float64), np.asarray(references)
     if scores.ndim != 2 or len(scores) != len(true) or not len(true):
         raise ValueError(f"{scores.shape} predictions for {len(true)} references")
     bad = int((~np.isfinite(scores)).any(1).sum())
-    predicted = scores.argmax(1)
+    predicted = answer(scores)
     found: dict[str, Any] = {}
     for name in names:
         try:
             if bad:
                 raise Undefined(f"{bad} of {len(scores)} predictions are not finite")
-            found[name] = metric(name)(predicted, true)
+            found[name] = metric(name, among)(predicted, true)
         except Undefined as e:
             found |= {name: None, f"{name}_undefined": str(e)}
     return found | {"constant_prediction": not bad and len(np.unique(predicted)) == 1}
 
 
 def as_evaluate(name: str) -> Any:
-    """The metric as an evaluate.Metric over class numbers: no hub, no files; None where it is undefined.
+    """The metric as an evaluate.Metric over class numbers or real ones: no hub, no files; None where it is undefined.
 
-    Runs call compute(): importing evaluate takes 2 seconds."""
+    Runs do without: importing evaluate takes 2 seconds."""
     import datasets
     import evaluate
 
-    function = metric(name)
+    function = metric(name, CLASSES | NUMBERS)
+    dtype = "int64" if name in CLASSES else "float64"
 
     class Local(evaluate.Metric):
         def _info(self) -> Any:
-            columns = datasets.Features({c: datasets.Value("int64") for c in ("predictions", "references")})
+            columns = datasets.Features({c: datasets.Value(dtype) for c in ("predictions", "references")})
             about = function.__doc__ or function.__name__
             return evaluate.MetricInfo(description=about, citation="", features=columns)
 

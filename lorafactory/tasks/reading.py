@@ -77,6 +77,8 @@ class _Rows(Sequence):
         return self.size
 
     def __getitem__(self, i: Any) -> Any:
+        if not 0 <= i < self.size:
+            raise IndexError(i)  # which ends an iteration
         return f"{self.split} row {i}"
 
 

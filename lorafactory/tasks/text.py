@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, List  # noqa: UP035  OmegaConf's spelling
+from typing import Any, ClassVar, List  # noqa: UP035  OmegaConf's spelling
 
 import numpy as np
 import torch
@@ -24,6 +25,9 @@ from .splitting import draw, overlaps
 class Text(Task):
     """Classes are known by name. Their order is the data's own, else that of `labels`, else sorted over the source's
     training split."""
+
+    known_metrics: ClassVar[dict[str, Callable]] = metrics.CLASSES
+    labels: list[str]
 
     @dataclass
     class Config(Task.Config):
@@ -48,8 +52,6 @@ class Text(Task):
             super().__post_init__()
             if not 1 <= len(self.text) <= 2:
                 raise UserError(f"task.text={self.text}: name one or two columns")
-            for name in self.metrics:
-                metrics.metric(name)
             if self.primary not in self.metrics:
                 raise UserError(f"task.primary={self.primary} is not among task.metrics={self.metrics}")
             for option in ("test_share", "selection_share"):
@@ -60,6 +62,8 @@ class Text(Task):
 
     def __init__(self, config: Any):
         super().__init__(config)
+        for name in config.metrics:
+            metrics.metric(name, self.known_metrics)
         self.primary = config.primary
         self.cut: dict[str, int] = {}
 
@@ -75,17 +79,30 @@ class Text(Task):
             if theirs not in raw:
                 hint = f"; task.{ours}_split=train draws a part of train" if ours != "train" else ""
                 raise UserError(f"{self._source} has no {theirs} split for {ours}; it has {', '.join(raw)}{hint}")
-        self.labels = labels.names(raw["train"], list(c.labels), self._source)
-        if "f1" in c.metrics and len(self.labels) != 2:
-            raise UserError(f"f1 is for two classes, these are {len(self.labels)}: task.metrics=[accuracy,macro_f1]")
         used = {s: raw[s] for s in dict.fromkeys(self.source_split.values())}
-        numbers = {s: labels.numbers(r, self.labels, list(c.labels)) for s, r in used.items()}
+        numbers = self.numbers(raw["train"], used)
         rows = self._divide(numbers)
         self.texts = {s: [used[o].texts[i] for i in rows[s]] for s, o in self.source_split.items()}
         self.targets = {s: numbers[o][rows[s]].tolist() for s, o in self.source_split.items()}
         self.recoded = sum(len(r.recoded) for r in used.values())
-        content = [[s, t, self.labels[n]] for s in SPLITS for t, n in zip(self.texts[s], self.targets[s], strict=True)]
+        content = [[s, t, self.told(n)] for s in SPLITS for t, n in zip(self.texts[s], self.targets[s], strict=True)]
         self.fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+    def numbers(self, train: Raw, used: dict[str, Raw]) -> dict[str, np.ndarray]:
+        """Each row's target, a source split; sets `labels`."""
+        given = list(self.config.labels)
+        self.labels = labels.names(train, given, self._source)
+        if "f1" in self.config.metrics and len(self.labels) != 2:
+            raise UserError(f"f1 is for two classes, these are {len(self.labels)}: task.metrics=[accuracy,macro_f1]")
+        return {s: labels.numbers(r, self.labels, given) for s, r in used.items()}
+
+    def told(self, target: Any) -> Any:
+        """A target for the fingerprint: a class by its name."""
+        return self.labels[target]
+
+    def strata(self, targets: np.ndarray) -> np.ndarray:
+        """What every drawn part holds in proportion."""
+        return targets
 
     @property
     def _source(self) -> str:
@@ -102,7 +119,7 @@ class Text(Task):
                 size = max(1, round(getattr(self.config, f"{ours}_share") * len(numbers["train"])))
             if not len(left) or size > len(left):
                 raise UserError(f"task.{ours}_size={size}, but {self._source} has {len(left)} rows left for {ours}")
-            drawn = draw(numbers[theirs][left], size, [self.config.split_seed, i]) if size else np.arange(len(left))
+            drawn = draw(self.strata(numbers[theirs][left]), size, [self.config.split_seed, i]) if size else np.arange(len(left))
             rows[ours], free[theirs] = left[drawn], np.delete(left, drawn)
         return rows
 
@@ -147,28 +164,33 @@ class Text(Task):
         return self.targets[split]
 
     def metrics(self, predictions: list[Any], references: list[Any]) -> dict[str, Any]:
-        return metrics.compute(list(self.config.metrics), predictions, references)
+        return metrics.classify(list(self.config.metrics), predictions, references)
 
     def describe(self) -> dict[str, Any]:
-        """duplicates: rows whose text the other split holds, too. majority: the scores on test of answering the most
-        frequent training class always. cut: rows as long as max_length, once prepared."""
+        """duplicates: rows whose text the other split holds, too. cut: rows as long as max_length, once prepared."""
         c = self.config
-        most = Counter(self.targets["train"]).most_common(1)[0][0]
-        always = np.eye(len(self.labels))[[most] * len(self.targets["test"])].tolist()
-        missing = {s: [n for i, n in enumerate(self.labels) if i not in set(self.targets[s])] for s in SPLITS}
         return {
             "name": c.name,
             "kind": c.kind,
             "source": self._source,
             "revision": c.revision,
             "fingerprint": self.fingerprint,
-            "labels": self.labels,
             "sizes": {s: len(self.targets[s]) for s in SPLITS},
             "splits": self.source_split,
             "split_seed": c.split_seed,
             "duplicates": overlaps(self.texts),
-            "missing_labels": {s: names for s, names in missing.items() if names},
             "recoded": self.recoded,
             "cut": self.cut,
+            **self.describe_targets(),
+        }
+
+    def describe_targets(self) -> dict[str, Any]:
+        """majority: the scores on test of answering the most frequent training class always."""
+        most = Counter(self.targets["train"]).most_common(1)[0][0]
+        always = np.eye(len(self.labels))[[most] * len(self.targets["test"])].tolist()
+        missing = {s: [n for i, n in enumerate(self.labels) if i not in set(self.targets[s])] for s in SPLITS}
+        return {
+            "labels": self.labels,
+            "missing_labels": {s: names for s, names in missing.items() if names},
             "majority": {"label": self.labels[most], **self.metrics(always, self.targets["test"])},
         }

@@ -19,7 +19,7 @@ def logits(predicted, classes):
     return (np.eye(classes)[predicted] + np.linspace(0, 0.1, classes)).tolist()
 
 
-@pytest.mark.parametrize("name", metrics.METRICS)
+@pytest.mark.parametrize("name", metrics.CLASSES)
 @pytest.mark.parametrize("classes", [2, 5])
 def test_equal_to_sklearn(name, classes):
     if name == "f1" and classes > 2:
@@ -29,40 +29,59 @@ def test_equal_to_sklearn(name, classes):
         true = rng.choice(classes, 40, p=rng.dirichlet(np.ones(classes)))
         predicted = np.where(rng.random(40) < 0.5, true, rng.integers(classes, size=40))
         if len(set(true)) > 1 and len(set(predicted)) > 1:
-            found = metrics.compute([name], logits(predicted, classes), true.tolist())
+            found = metrics.classify([name], logits(predicted, classes), true.tolist())
             assert found[name] == pytest.approx(THEIRS[name](predicted, true), abs=1e-12)
             assert found["constant_prediction"] is False
 
 
 def test_a_constant_prediction_is_said_and_its_correlation_is_undefined():
-    found = metrics.compute(["matthews", "f1", "accuracy"], logits([1] * 6, 2), [1, 1, 1, 1, 0, 0])
+    found = metrics.classify(["matthews", "f1", "accuracy"], logits([1] * 6, 2), [1, 1, 1, 1, 0, 0])
     assert found["matthews"] is None and found["matthews_undefined"] == "all predictions are class 1"
     assert found["constant_prediction"] is True and found["f1"] == pytest.approx(0.8)
 
 
 def test_f1_without_positives_is_undefined_not_zero():
-    found = metrics.compute(["f1"], logits([0, 0], 2), [0, 0])
+    found = metrics.classify(["f1"], logits([0, 0], 2), [0, 0])
     assert found["f1"] is None and "class 1" in found["f1_undefined"]
 
 
 def test_predictions_that_are_not_finite_have_no_score():
-    found = metrics.compute(["accuracy"], [[float("nan"), 0.0], [0.0, 1.0]], [0, 1])
+    found = metrics.classify(["accuracy"], [[float("nan"), 0.0], [0.0, 1.0]], [0, 1])
     assert found["accuracy"] is None and found["accuracy_undefined"] == "1 of 2 predictions are not finite"
 
 
 def test_lengths_must_agree():
     with pytest.raises(ValueError, match="references"):
-        metrics.compute(["accuracy"], [[0.0, 1.0]], [0, 1])
+        metrics.classify(["accuracy"], [[0.0, 1.0]], [0, 1])
 
 
 def test_unknown_metric_names_the_nearest():
-    refused(lambda: metrics.metric("acuracy"), "acuracy", "accuracy")
+    refused(lambda: metrics.metric("acuracy", metrics.CLASSES), "acuracy", "accuracy")
 
 
 def test_evaluate_metrics_need_no_hub():
     pytest.importorskip("evaluate", reason="needs evaluate")
     predicted, true = [0, 1, 1, 0, 1], [0, 1, 0, 0, 1]
-    for name in metrics.METRICS:
-        ours = metrics.compute([name], logits(predicted, 2), true)[name]
+    for name in metrics.CLASSES:
+        ours = metrics.classify([name], logits(predicted, 2), true)[name]
         assert metrics.as_evaluate(name).compute(predictions=predicted, references=true) == {name: pytest.approx(ours)}
     assert metrics.as_evaluate("matthews").compute(predictions=[1, 1], references=[0, 1]) == {"matthews": None}
+
+
+def test_correlations_are_scipys_and_undefined_where_constant():
+    from scipy import stats
+
+    rng = np.random.default_rng(0)
+    true = rng.integers(0, 6, 50) / 1.0
+    predicted = true + rng.normal(size=50)
+    found = metrics.regress(["pearson", "spearman"], predicted[:, None].tolist(), true.tolist())
+    assert found["pearson"] == pytest.approx(stats.pearsonr(predicted, true).statistic)
+    assert found["spearman"] == pytest.approx(stats.spearmanr(predicted, true).statistic)
+    assert not found["constant_prediction"]
+    flat = metrics.regress(["pearson", "spearman"], [[0.5]] * 50, true.tolist())
+    assert flat["pearson"] is flat["spearman"] is None and flat["constant_prediction"]
+    assert "0.5" in flat["pearson_undefined"]
+    assert metrics.regress(["pearson"], [[float("nan")], [1.0]], [0.0, 1.0])["pearson"] is None
+    pytest.importorskip("evaluate", reason="needs evaluate")
+    ours = metrics.as_evaluate("pearson").compute(predictions=predicted.tolist(), references=true.tolist())
+    assert ours == {"pearson": pytest.approx(found["pearson"])}
