@@ -66,7 +66,14 @@ def test_a_run_learns_and_its_predictions_give_the_metric_again(tmp_path):
     assert metrics.regress(["spearman"], raw, true.targets["test"])["spearman"] == pytest.approx(found["spearman"])
 
 
-@pytest.mark.parametrize("label, told", [(lambda s: f"s{s}", "'s"), (lambda s: "inf" if s > 1 else s, "inf"), (lambda s: "" if s > 1 else s, "None")])
+WRONG = [
+    (lambda s: f"s{s}", "'s"),
+    (lambda s: "inf" if s > 1 else s, "inf"),
+    (lambda s: "" if s > 1 else s, "None"),
+]
+
+
+@pytest.mark.parametrize("label, told", WRONG)
 def test_what_is_no_number_is_named_by_its_row(tmp_path, label, told):
     refused(make("regression", source=source(tmp_path, label)).load, "row", told, "not a number")
 
