@@ -32,10 +32,7 @@ def save(adapted: Adapted, folder: Path, state: dict[str, Any] | None = None, op
     somebody else's or cannot be written."""
     if adapted.merged:
         raise UserError("save() while merged: unmerge() first, or bake() and save the model itself")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file: give a folder")
-    if folder.exists() and any(folder.iterdir()) and not (folder / "adapter.json").exists():
-        raise UserError(f"{folder} holds other files: give an empty or a new folder")
+    refuse_foreign(folder, "adapter.json")
     about = {
         "schema": SCHEMA,
         "lorafactory": __version__,
@@ -51,8 +48,16 @@ def save(adapted: Adapted, folder: Path, state: dict[str, Any] | None = None, op
     if state is not None:
         flat, plain = _flatten(optimizer.state_dict())
         texts["state.json"], files["optimizer.safetensors"] = {**state, "optimizer": plain}, flat
-    _write(folder, files, texts)
+    write_folder(folder, files, texts)
     return folder
+
+
+def refuse_foreign(folder: Path, own: str) -> None:
+    """Raises UserError where replacing the folder would remove somebody else's files; own: a file of ours."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: give a folder")
+    if folder.exists() and any(folder.iterdir()) and not (folder / own).exists():
+        raise UserError(f"{folder} holds other files: give an empty or a new folder")
 
 
 def load(model: nn.Module, folder: str | Path, check_base: bool = True) -> Adapted:
@@ -167,7 +172,7 @@ def _unflatten(tensors: dict[str, Tensor], saved: dict[str, Any]) -> dict[str, A
     return {"state": state, "param_groups": saved["param_groups"]}
 
 
-def _write(folder: Path, files: dict[str, dict[str, Tensor]], texts: dict[str, dict[str, Any]]) -> None:
+def write_folder(folder: Path, files: dict[str, dict[str, Tensor]], texts: dict[str, dict[str, Any]]) -> None:
     """Temporary folder, fsync, rename: a reader sees the old folder or the new one, never a half."""
     temporary = old = None
     try:
