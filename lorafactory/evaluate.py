@@ -16,7 +16,8 @@ def predict(adapted: Adapted, task: Any, split: str, batch_size: int, accelerato
     """One raw prediction a row, in the split's order. The model's mode comes back as it was."""
     rows, mode = task.splits[split], adapted.training
     adapted.eval()
-    mine = list(range(accelerator.process_index, len(rows), accelerator.num_processes))
+    order = sorted(range(len(rows)), key=rows.lengths().__getitem__) if hasattr(rows, "lengths") else range(len(rows))
+    mine = order[accelerator.process_index :: accelerator.num_processes]  # rows of like length share a batch: less padding
     found: list[tuple[int, Any]] = []
     for start in range(0, len(mine), batch_size):
         index = mine[start : start + batch_size]

@@ -111,6 +111,15 @@ def test_best_is_the_adapter_of_the_best_evaluation(tmp_path):
     assert scored["accuracy"] == max(e["selection"]["accuracy"] for e in t.progress.evaluations)
 
 
+def test_rows_of_like_length_are_evaluated_together(tmp_path):
+    t = trainer(tmp_path)
+    seen, real = [], t.task.predict
+    t.task.predict = lambda model, batch: seen.append(batch["attention_mask"].sum(1)) or real(model, batch)
+    predict(t.adapted, t.task, "test", 7, t.accelerator)
+    assert len(seen) > 2 and len({int(n) for lengths in seen for n in lengths}) > 1
+    assert all(int(a.max()) <= int(b.min()) for a, b in zip(seen, seen[1:], strict=False))
+
+
 def test_evaluation_keeps_order_and_mode_whatever_the_batch(tmp_path):
     t = trainer(tmp_path)
     t.adapted.train()
