@@ -8,6 +8,7 @@ from runs import trainer
 
 from lorafactory.errors import UserError
 from lorafactory.evaluate import predict
+from lorafactory.tasks.tokens import Rows
 from lorafactory.train import Diverged
 
 
@@ -113,6 +114,9 @@ def test_best_is_the_adapter_of_the_best_evaluation(tmp_path):
 
 def test_rows_of_like_length_are_evaluated_together(tmp_path):
     t = trainer(tmp_path)
+    ends = torch.tensor([3 + 4 * i % 9 for i in range(60)]).cumsum(0)
+    columns = {n: torch.ones(int(ends[-1]), dtype=torch.int32) for n in ("input_ids", "attention_mask")}
+    t.task.splits["test"] = Rows(columns, ends, [0] * 60)
     seen, real = [], t.task.predict
     t.task.predict = lambda model, batch: seen.append(batch["attention_mask"].sum(1)) or real(model, batch)
     predict(t.adapted, t.task, "test", 7, t.accelerator)
