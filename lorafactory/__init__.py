@@ -10,7 +10,7 @@ from .adapter import Decomposition, Delta, Init, LowRank, Part, Structure
 from .attach import Adapted, attach
 from .checkpoint import load
 from .errors import UserError
-from .export import export_lora
+from .peft_folder import export_lora
 from .registry import register
 from .version import __version__
 

@@ -1,4 +1,4 @@
-"""An adapter as a plain LoRA in the folder layout of HF PEFT, which vLLM, diffusers and others read as well."""
+"""Plain LoRA in the folder layout of HF PEFT, which vLLM, diffusers and others read as well: written and read."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 
-from . import holder
+from . import holder, registry
 from .adapter import Delta
 from .adapter.delta import exact
 from .adapter.site import is_transposed
 from .attach import Adapted
-from .checkpoint import refuse_foreign, write_folder
+from .checkpoint import read_json, read_tensors, refuse_foreign, write_folder
 from .errors import UserError
+
+CONFIG, TENSORS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 
 
 @torch.no_grad()
@@ -30,7 +33,7 @@ def export_lora(adapted: Adapted, folder: str | Path, rank: int | None = None) -
         raise UserError("export_lora() reads the update beside its base: attach the adapter, unmerged")
     if rank is not None and rank < 1:
         raise UserError(f"rank is {rank}; it must be at least 1")
-    refuse_foreign(Path(folder), "adapter_config.json")
+    refuse_foreign(Path(folder), CONFIG)
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     errors: dict[str, float] = {}
     transposed = set()
@@ -54,12 +57,12 @@ def export_lora(adapted: Adapted, folder: str | Path, rank: int | None = None) -
         raise UserError(f"{adapted.variant} adapts no linear layer here: nothing to export")
     if len(transposed) > 1:
         raise UserError("some layers are Conv1D and some Linear: one PEFT config cannot hold both")
-    tensors = {f"base_model.model.{n}.lora_{w}.weight": t for n, (b, a) in pairs.items() for w, t in (("A", a), ("B", b))}
+    tensors = {f"{PREFIX}{n}.lora_{w}.weight": t for n, (b, a) in pairs.items() for w, t in (("A", a), ("B", b))}
     heads: dict[str, Any] = {k.replace("/", "."): copy.module for k, copy in adapted.adapter.trained.items()}
-    tensors |= {f"base_model.model.{h}.{n}": t for h, m in heads.items() for n, t in m.state_dict().items()}
+    tensors |= {f"{PREFIX}{h}.{n}": t for h, m in heads.items() for n, t in m.state_dict().items()}
     plain = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
     config = _config(adapted, {n: a.shape[0] for n, (_, a) in pairs.items()}, list(heads), transposed.pop())
-    write_folder(Path(folder), {"adapter_model.safetensors": plain}, {"adapter_config.json": config})
+    write_folder(Path(folder), {TENSORS: plain}, {CONFIG: config})
     return errors
 
 
@@ -98,3 +101,69 @@ def _config(adapted: Adapted, ranks: dict[str, int], heads: list[str], transpose
         "lora_dropout": 0.0,
         "inference_mode": True,
     }
+
+
+@torch.no_grad()
+def load_lora(model: nn.Module, folder: Path) -> Adapted:
+    """Attach a LoRA that PEFT saved. PEFT notes no fingerprint, so the base is the caller's word. Raises UserError for
+    other methods, and for tensors that a plain LoRA does not have."""
+    about, tensors = read_json(folder / CONFIG), read_tensors(folder / TENSORS)
+    if about.get("peft_type") != "LORA":
+        raise UserError(f"{folder} is a PEFT adapter of type {about.get('peft_type')}; only LORA is read")
+    pairs: dict[str, dict[str, Tensor]] = {}
+    rest: dict[str, Tensor] = {}
+    for key, t in tensors.items():
+        name = key.removeprefix(PREFIX)
+        if found := re.fullmatch(r"(.+)\.lora_(A|B)\.weight", name):
+            pairs.setdefault(found[1], {})[found[2]] = t
+        else:
+            rest[name] = t
+    heads = sorted({n.rpartition(".")[0] for n in rest if about.get("modules_to_save")})
+    known = {n for n, _ in model.named_modules()}
+    strange = [n for n in rest if not heads or "lora_" in n] + [n for n in (*pairs, *heads) if n not in known]
+    if strange or not pairs or any(len(p) != 2 for p in pairs.values()):
+        what = f"{strange[0]} has no place in a plain LoRA on this model" if strange else "it lacks an A or a B"
+        raise UserError(f"{folder} cannot be read: {what} (use_dora={about.get('use_dora', False)})")
+    ranks = {_exactly(n): p["A"].shape[0] for n, p in pairs.items()}
+    config = registry.config(
+        about["peft_type"].lower(),
+        rank=max(ranks.values()),
+        rank_pattern=ranks,
+        alpha_pattern={_exactly(n): _scale(about, n, p["A"].shape[0]) * p["A"].shape[0] for n, p in pairs.items()},
+        target_modules=list(ranks),
+        trained_modules=[_exactly(h) for h in heads],
+    )
+    adapted = Adapted(model, config, seed=0)
+    try:
+        for site, low in adapted.adapter.low_ranks():
+            _fill({"A": low.A, "B": low.B}, pairs[site.name], site.name, folder)
+        trained: dict[str, Any] = dict(adapted.adapter.trained.items())
+        for key, copy in trained.items():
+            head = key.replace("/", ".")
+            _fill(copy.module.state_dict(), {n.rpartition(".")[2]: t for n, t in rest.items()
+                                             if n.rpartition(".")[0] == head}, head, folder)  # fmt: skip
+    except BaseException:
+        adapted.detach()
+        raise
+    adapted.adapter.started = True
+    return adapted
+
+
+def _exactly(name: str) -> str:
+    return f"^{re.escape(name)}$"
+
+
+def _scale(about: dict[str, Any], name: str, rank: int) -> float:
+    """alpha / rank, or alpha / sqrt(rank) under use_rslora; by PEFT's own rule of patterns."""
+    pattern = about.get("alpha_pattern") or {}
+    key = next((k for k in pattern if re.match(rf"(.*\.)?({k})$", name)), None)
+    alpha = about["lora_alpha"] if key is None else pattern[key]
+    return float(alpha) / (rank**0.5 if about.get("use_rslora") else rank)
+
+
+def _fill(mine: dict[str, Tensor], theirs: dict[str, Tensor], name: str, folder: Path) -> None:
+    if {n: t.shape for n, t in mine.items()} != {n: t.shape for n, t in theirs.items()}:
+        shapes = {n: list(t.shape) for n, t in theirs.items()}, {n: list(t.shape) for n, t in mine.items()}
+        raise UserError(f"{folder}: {name} is {shapes[0]} there and {shapes[1]} in this model")
+    for n, t in theirs.items():
+        mine[n].copy_(t)

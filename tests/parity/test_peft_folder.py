@@ -8,7 +8,7 @@ import torch
 from support import Net, Regression, adamw, attached, close, loss, needs_head, perturb, small, train
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
-from lorafactory import UserError, attach, export_lora, registry
+from lorafactory import UserError, attach, export_lora, load, registry
 
 peft = pytest.importorskip("peft")
 EXACT = ("lora", "rslora", "lora_plus", "pissa", "adalora", "vera", "lotr", "adalora+pissa", "relora")
@@ -138,3 +138,55 @@ def test_misuse(tmp_path):
     adapted.detach()
     with pytest.raises(UserError, match="unmerged"):
         export_lora(adapted, tmp_path / "a")
+
+
+def from_peft(tmp_path, kind, **options):
+    base, targets = MODELS[kind]
+    model = base()
+    more = {"modules_to_save": ["classifier"]} if kind == "bert" else {"fan_in_fan_out": True}
+    theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules=targets, **more, **options)).eval()
+    perturb(theirs, 0.2)
+    theirs.save_pretrained(tmp_path / "p")
+    frozen = {n.replace("base_layer.", ""): t for n, t in theirs.base_model.model.state_dict().items()}
+    model.load_state_dict({n: frozen.get(n, t) for n, t in model.state_dict().items()})  # perturb moved what trains only
+    return model, theirs
+
+
+PLAIN = {"r": 4, "lora_alpha": 12}
+PATTERNS = {**PLAIN, "rank_pattern": {"query": 2, "c_fc": 3}, "alpha_pattern": {"query": 5, "c_fc": 7}}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("options", (PLAIN, PATTERNS, {**PATTERNS, "use_rslora": True}), ids=("plain", "patterns", "rslora"))
+def test_load_reads_what_peft_saved(kind, options, tmp_path):
+    model, theirs = from_peft(tmp_path, kind, **options)
+    adapted = load(model, tmp_path / "p").eval()
+    with torch.no_grad():
+        ours, want = adapted(IDS).logits, theirs(IDS).logits
+    assert (ours - want).abs().max() < 1e-5 * want.abs().max()
+    adapted.save(tmp_path / "ours")
+    export_lora(adapted, tmp_path / "again")
+    plain = adapted.detach()
+    for folder in ("ours", "again"):
+        again = load(plain, tmp_path / folder).eval()
+        with torch.no_grad():
+            assert (again(IDS).logits - want).abs().max() < 1e-5 * want.abs().max()
+        again.detach()
+
+
+def test_what_load_cannot_read_is_refused_and_the_model_left_alone(tmp_path):
+    model, _ = from_peft(tmp_path, "bert", **PLAIN, use_dora=True)
+    before = model(IDS).logits
+    with pytest.raises(UserError, match="lora_magnitude_vector.*use_dora=True"):
+        load(model, tmp_path / "p")
+    _, theirs = from_peft(tmp_path, "bert", **PLAIN)
+    small_one = BertForSequenceClassification(BertConfig(vocab_size=50, hidden_size=12, num_hidden_layers=2,
+                                              num_attention_heads=2, intermediate_size=40, num_labels=3))  # fmt: skip
+    with pytest.raises(UserError, match=r"\[4, 24\].*\[4, 12\]"):
+        load(small_one, tmp_path / "p")
+    config = json.loads((tmp_path / "p" / "adapter_config.json").read_text())
+    (tmp_path / "p" / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "IA3"}))
+    with pytest.raises(UserError, match="type IA3; only LORA"):
+        load(model, tmp_path / "p")
+    assert torch.equal(model(IDS).logits, before)
+    assert not any("_held" in vars(m) for m in (*model.modules(), *small_one.modules()))
