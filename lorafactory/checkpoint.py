@@ -53,10 +53,10 @@ def save(adapted: Adapted, folder: Path, state: dict[str, Any] | None = None, op
 
 
 def refuse_foreign(folder: Path, own: str) -> None:
-    """Raises UserError where replacing the folder would remove somebody else's files; own: a file of ours."""
+    """Raises UserError where replacing the folder would remove somebody else's files; own: a file of ours, or ""."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: give a folder")
-    if folder.exists() and any(folder.iterdir()) and not (folder / own).exists():
+    if folder.exists() and any(folder.iterdir()) and not (own and (folder / own).exists()):
         raise UserError(f"{folder} holds other files: give an empty or a new folder")
 
 

@@ -18,6 +18,7 @@ HELP = f"""lorafactory {__version__}: compare LoRA variants and believe the answ
   lorafactory show NAME [--model M]   a variant's equation, options and cost
   lorafactory targets MODEL           what of a model can be adapted
   lorafactory table SPEC              a table from records alone
+  lorafactory export RECORD --format lora|merged --out DIR   what a run kept, for PEFT or plain transformers
   lorafactory completion bash|zsh|fish   a script for tab completion: eval "$(lorafactory completion bash)"
 
 `lorafactory run --help` shows models, tasks and options; `lorafactory run --cfg job` the composed config.
@@ -88,5 +89,10 @@ def _commands() -> dict[str, Callable[[list[str]], int]]:
 
         return completion(rest)
 
-    found = {"run": run, "table": table, "completion": completion}
+    def export(rest: list[str]) -> int:
+        from .export import main
+
+        return main(rest)
+
+    found = {"run": run, "table": table, "export": export, "completion": completion}
     return found | {n: listing(n) for n in ("variants", "show", "targets")}

@@ -15,13 +15,13 @@ from .errors import UserError
 from .targets import head_modules, inside, tied
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         raise UserError(f"{self.prog}: {message}")
 
 
 def variants(arguments: list[str]) -> int:
-    parser = _Parser(prog="lorafactory variants", description="every registered name: axis, paper, one line")
+    parser = Parser(prog="lorafactory variants", description="every registered name: axis, paper, one line")
     parser.add_argument("--json", action="store_true")
     chosen = parser.parse_args(arguments)
     rows = [_about(registry.get(n)) for a in registry.AXES for n in registry.names(a)]
@@ -40,7 +40,7 @@ def _about(cls: Any) -> dict[str, str]:
 
 
 def show(arguments: list[str]) -> int:
-    parser = _Parser(prog="lorafactory show", description="a variant's equation, options and cost")
+    parser = Parser(prog="lorafactory show", description="a variant's equation, options and cost")
     parser.add_argument("name", help="a name or a composite, e.g. dora+pissa")
     parser.add_argument("--model", default="minilm", help="preset of configs/model on which to count (default: minilm)")
     chosen = parser.parse_args(arguments)
@@ -86,7 +86,7 @@ def linear_layers(model: Any) -> list[dict[str, Any]]:
 
 
 def targets(arguments: list[str]) -> int:
-    parser = _Parser(prog="lorafactory targets", description="what of a model can be adapted, by role, shape and count")
+    parser = Parser(prog="lorafactory targets", description="what of a model can be adapted, by role, shape and count")
     parser.add_argument("model", help="a preset of configs/model, a folder or a hub id")
     rows = linear_layers(base_model(parser.parse_args(arguments).model))
     width = max((len(r["role"]) for r in rows), default=0)
