@@ -8,7 +8,7 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 WANDB_MODE=disabled $(PY) -m pytest -n $(JOBS) --dist worksteal -q
 
-.PHONY: help setup demo test test-all test-gpu bench lint types check tables wheel clean
+.PHONY: help setup demo test test-all test-gpu bench glue lint types check tables wheel clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -44,6 +44,9 @@ test-gpu: setup ## what needs a GPU
 
 bench: setup ## step time and memory of every variant beside PEFT: results/bench/overhead.md
 	@$(PY) scripts/bench/overhead.py --out results/bench
+
+glue: setup ## every variant on GLUE's CoLA, MRPC and SST-2, on two CPU cores (hours; stop it at will, it goes on)
+	@scripts/glue.sh
 
 lint: setup ## ruff
 	@.venv/bin/ruff check .
