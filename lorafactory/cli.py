@@ -18,7 +18,7 @@ HELP = f"""lorafactory {__version__}: compare LoRA variants and believe the answ
   lorafactory show NAME [--model M]   a variant's equation, options and cost
   lorafactory targets MODEL           what of a model can be adapted
   lorafactory table SPEC              a table from records alone
-  lorafactory export RECORD --format lora|merged --out DIR   what a run kept, for PEFT or plain transformers
+  lorafactory export RECORD --format peft|merged --out DIR   what a run kept, for PEFT or plain transformers
   lorafactory completion bash|zsh|fish   a script for tab completion: eval "$(lorafactory completion bash)"
 
 `lorafactory run --help` shows models, tasks and options; `lorafactory run --cfg job` the composed config.

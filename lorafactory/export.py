@@ -20,17 +20,17 @@ from .tasks import get_task
 def main(arguments: list[str]) -> int:
     parser = Parser(prog="lorafactory export", description="the adapter that a run kept, for other tools")
     parser.add_argument("record", type=Path, help="the JSON file of a run with results.keep_adapter=true")
-    parser.add_argument("--format", choices=("lora", "merged"), required=True,
-                        help="lora: a PEFT folder; merged: a plain transformers checkpoint")  # fmt: skip
-    parser.add_argument("--rank", type=int, help="with --format lora: the nearest LoRA of this rank, where none equals it")
+    parser.add_argument("--format", choices=("peft", "merged"), required=True,
+                        help="peft: a plain LoRA for PEFT; merged: a plain transformers checkpoint")  # fmt: skip
+    parser.add_argument("--rank", type=int, help="with --format peft: the nearest LoRA of this rank, where none equals it")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     chosen = parser.parse_args(arguments)
-    if chosen.rank is not None and chosen.format != "lora":
+    if chosen.rank is not None and chosen.format != "peft":
         raise UserError(f"--rank {chosen.rank} has no effect on --format {chosen.format}: leave it out")
-    refuse_foreign(chosen.out, CONFIG if chosen.format == "lora" else "")  # a model already there may be the base itself
+    refuse_foreign(chosen.out, CONFIG if chosen.format == "peft" else "")  # a model already there may be the base itself
     adapted, loaded = trained(chosen.record)
     try:
-        if chosen.format == "lora":
+        if chosen.format == "peft":
             errors = export_lora(adapted, chosen.out, chosen.rank)
             worst = max(errors, key=lambda n: errors[n])
             print(f"relative error of the update: at most {errors[worst]:.2e} ({worst}), over {len(errors)} layers")

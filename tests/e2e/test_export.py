@@ -41,7 +41,7 @@ def test_merged_is_a_checkpoint_that_answers_as_the_run_did(tmp_path):
 def test_lora_is_a_folder_that_peft_loads(tmp_path):
     peft = pytest.importorskip("peft")
     path = made(tmp_path / "results", "variant=lora", "variant.rank=4")
-    done = lorafactory("export", str(path), "--format", "lora", "--out", str(tmp_path / "l"))
+    done = lorafactory("export", str(path), "--format", "peft", "--out", str(tmp_path / "l"))
     assert done.returncode == 0 and "at most 0.00e+00" in done.stdout, done.stderr
     cls = get_task("toy")
     task = cls(cls.Config(**record.read(path)["config"]["task"]))
@@ -57,9 +57,9 @@ def test_mistakes_are_one_line_and_write_nothing(tmp_path):
     path = made(tmp_path / "results", "variant=dora", "variant.rank=4")
     out = str(tmp_path / "o")
     for arguments, told in (
-        ((str(path), "--format", "lora"), "not exactly low-rank: give rank="),
+        ((str(path), "--format", "peft"), "not exactly low-rank: give rank="),
         ((str(path), "--format", "merged", "--rank", "2"), "--rank 2 has no effect"),
-        ((str(tmp_path / "no.json"), "--format", "lora"), "no.json"),
+        ((str(tmp_path / "no.json"), "--format", "peft"), "no.json"),
         ((str(path), "--format", "gguf"), "gguf"),
     ):
         done = lorafactory("export", *arguments, "--out", out)
@@ -71,5 +71,5 @@ def test_mistakes_are_one_line_and_write_nothing(tmp_path):
     assert done.returncode == 2 and "holds other files" in done.stderr, "it may be the base model"
     for kept in (tmp_path / "results" / "adapters").iterdir():
         kept.rename(tmp_path / "moved")
-    done = lorafactory("export", str(path), "--format", "lora", "--out", out, "--rank", "2")
+    done = lorafactory("export", str(path), "--format", "peft", "--out", out, "--rank", "2")
     assert done.returncode == 2 and "results.keep_adapter=true" in done.stderr
