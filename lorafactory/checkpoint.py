@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def save(adapted: Adapted, folder: Path, state: dict[str, Any] | None = None, op
     if state is not None:
         flat, plain = _flatten(optimizer.state_dict())
         texts["state.json"], files["optimizer.safetensors"] = {**state, "optimizer": plain}, flat
-    write_folder(folder, files, texts)
+    write_files(folder, files, texts)
     return folder
 
 
@@ -177,18 +178,27 @@ def _unflatten(tensors: dict[str, Tensor], saved: dict[str, Any]) -> dict[str, A
     return {"state": state, "param_groups": saved["param_groups"]}
 
 
-def write_folder(folder: Path, files: dict[str, dict[str, Tensor]], texts: dict[str, dict[str, Any]]) -> None:
-    """Temporary folder, fsync, rename: a reader sees the old folder or the new one, never a half."""
+def write_files(folder: Path, files: dict[str, dict[str, Tensor]], texts: dict[str, dict[str, Any]]) -> None:
+    """A folder of safetensors and JSON, written whole."""
+
+    def write(where: Path) -> None:
+        for name, tensors in files.items():
+            save_file(tensors, where / name)
+        for name, text in texts.items():
+            (where / name).write_text(json.dumps(text, indent=1) + "\n")
+
+    write_folder(folder, write)
+
+
+def write_folder(folder: Path, write: Callable[[Path], Any]) -> None:
+    """write(temporary folder), fsync, rename: a reader sees the old folder or the new one, never a half."""
     temporary = old = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        for name, tensors in files.items():
-            save_file(tensors, temporary / name)
-        for name, text in texts.items():
-            (temporary / name).write_text(json.dumps(text, indent=1) + "\n")
-        for name in (*files, *texts):
-            _fsync(temporary / name)
+        write(temporary)
+        for file in temporary.rglob("*"):
+            _fsync(file)
         if folder.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
             os.rename(folder, old)

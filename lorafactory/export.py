@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from . import models, record, registry
 from .attach import Adapted
-from .checkpoint import load, refuse_foreign
+from .checkpoint import load, refuse_foreign, write_folder
 from .describe import Parser
 from .errors import UserError
 from .peft_folder import CONFIG, export_lora
@@ -36,7 +33,8 @@ def main(arguments: list[str]) -> int:
             print(f"relative error of the update: at most {errors[worst]:.2e} ({worst}), over {len(errors)} layers")
         else:
             adapted.merge()
-            _save(adapted.model, loaded.processor, chosen.out)
+            plain: list[Any] = [adapted.model, loaded.processor]
+            write_folder(chosen.out, lambda where: [p.save_pretrained(where) for p in plain])
     finally:
         adapted.detach()
     print(f"wrote {chosen.out}")
@@ -55,18 +53,3 @@ def trained(path: Path) -> tuple[Adapted, models.Loaded]:
     task.load()
     loaded = models.load(registry.fill(models.ModelConfig, config["model"], "model"), task)
     return load(loaded.model, folder), loaded
-
-
-def _save(model: Any, tokenizer: Any, out: Path) -> None:
-    """The merged model and its tokenizer; a reader sees the whole folder or none."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-        try:
-            model.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
-            os.rename(temporary, out)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    except OSError as e:
-        raise UserError(f"cannot write {out}: {e.strerror or e}") from None

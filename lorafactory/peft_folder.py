@@ -15,7 +15,7 @@ from .adapter import Delta
 from .adapter.delta import exact
 from .adapter.site import is_transposed
 from .attach import Adapted
-from .checkpoint import read_json, read_tensors, refuse_foreign, write_folder
+from .checkpoint import read_json, read_tensors, refuse_foreign, write_files
 from .errors import UserError
 
 CONFIG, TENSORS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -62,7 +62,7 @@ def export_lora(adapted: Adapted, folder: str | Path, rank: int | None = None) -
     tensors |= {f"{PREFIX}{h}.{n}": t for h, m in heads.items() for n, t in m.state_dict().items()}
     plain = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
     config = _config(adapted, {n: a.shape[0] for n, (_, a) in pairs.items()}, list(heads), transposed.pop())
-    write_folder(Path(folder), {TENSORS: plain}, {CONFIG: config})
+    write_files(Path(folder), {TENSORS: plain}, {CONFIG: config})
     return errors
 
 
@@ -111,16 +111,19 @@ def load_lora(model: nn.Module, folder: Path) -> Adapted:
     if about.get("peft_type") != "LORA":
         raise UserError(f"{folder} is a PEFT adapter of type {about.get('peft_type')}; only LORA is read")
     pairs: dict[str, dict[str, Tensor]] = {}
-    rest: dict[str, Tensor] = {}
+    heads: dict[str, dict[str, Tensor]] = {}
+    strange: list[str] = []
     for key, t in tensors.items():
         name = key.removeprefix(PREFIX)
         if found := re.fullmatch(r"(.+)\.lora_(A|B)\.weight", name):
             pairs.setdefault(found[1], {})[found[2]] = t
+        elif about.get("modules_to_save") and "lora_" not in name:
+            owner, _, own = name.rpartition(".")
+            heads.setdefault(owner, {})[own] = t
         else:
-            rest[name] = t
-    heads = sorted({n.rpartition(".")[0] for n in rest if about.get("modules_to_save")})
+            strange.append(name)
     known = {n for n, _ in model.named_modules()}
-    strange = [n for n in rest if not heads or "lora_" in n] + [n for n in (*pairs, *heads) if n not in known]
+    strange += [n for n in (*pairs, *heads) if n not in known]
     if strange or not pairs or any(len(p) != 2 for p in pairs.values()):
         what = f"{strange[0]} has no place in a plain LoRA on this model" if strange else "it lacks an A or a B"
         raise UserError(f"{folder} cannot be read: {what} (use_dora={about.get('use_dora', False)})")
@@ -131,7 +134,7 @@ def load_lora(model: nn.Module, folder: Path) -> Adapted:
         rank_pattern=ranks,
         alpha_pattern={_exactly(n): _scale(about, n, p["A"].shape[0]) * p["A"].shape[0] for n, p in pairs.items()},
         target_modules=list(ranks),
-        trained_modules=[_exactly(h) for h in heads],
+        trained_modules=[_exactly(h) for h in sorted(heads)],
     )
     adapted = Adapted(model, config, seed=0)
     try:
@@ -140,8 +143,7 @@ def load_lora(model: nn.Module, folder: Path) -> Adapted:
         trained: dict[str, Any] = dict(adapted.adapter.trained.items())
         for key, copy in trained.items():
             head = key.replace("/", ".")
-            _fill(copy.module.state_dict(), {n.rpartition(".")[2]: t for n, t in rest.items()
-                                             if n.rpartition(".")[0] == head}, head, folder)  # fmt: skip
+            _fill(copy.module.state_dict(), heads[head], head, folder)
     except BaseException:
         adapted.detach()
         raise
