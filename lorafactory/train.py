@@ -51,7 +51,8 @@ class Trainer:
                  folder: Path, watch: Callable[[dict], None] = lambda row: None):  # fmt: skip
         self.adapted, self.task, self.config, self.seed, self.accelerator = adapted, task, config, seed, accelerator
         self.watch = watch
-        self.rows = task.splits["train"]
+        self.rows: Any = task.splits["train"]
+        self.lengths = self.rows.lengths() if hasattr(self.rows, "lengths") else None
         self.plan = Plan(len(self.rows), config, seed)
         head = {} if config.head_lr is None else {"lr_scale": config.head_lr / config.lr}
         self.checkpoints = Checkpoints(folder, adapted, accelerator)
@@ -78,7 +79,7 @@ class Trainer:
     def _first_batches(self, count: int) -> Iterator[dict[str, Any]]:
         """What data-driven starts see: the run's own first training batches, each row once, the same in every process."""
         for step in range(min(count, self.plan.per_epoch)):
-            batch = self.task.collate([self.rows[i] for i in self.plan.batch(step)])
+            batch = self.task.training_batch([self.rows[i] for i in self.plan.batch(step)])
             yield to_device(batch, self.accelerator.device)
 
     def train(self) -> Progress:
@@ -110,7 +111,7 @@ class Trainer:
         """One optimiser step. Losses are summed over examples or tokens and divided by how many there are in the whole
         step, so micro-batches and processes give the gradient of the one big batch."""
         accelerator, adapter = self.accelerator, self.adapted.adapter
-        batches = [to_device(self.task.collate([self.rows[i] for i in index]), accelerator.device)
+        batches = [to_device(self.task.training_batch([self.rows[i] for i in index]), accelerator.device)
                    for index in self._micro_batches(step)]  # fmt: skip
         sizes = [self.task.size(b) for b in batches]
         units = float(self._sum(torch.tensor(float(sum(sizes)), device=accelerator.device)))
@@ -138,8 +139,11 @@ class Trainer:
         return {"step": step + 1, "loss": value, "lr": self.config.lr * self.plan.rate(step)}
 
     def _micro_batches(self, step: int) -> list[list[int]]:
+        """This process's rows of a step. Those of like length go together: less padding, the same sum."""
         mine = self.plan.batch(step)[self.accelerator.process_index :: self.accelerator.num_processes]
         size = self.config.micro_batch_size or len(mine)
+        if self.lengths and size < len(mine):
+            mine.sort(key=self.lengths.__getitem__)
         return [mine[i : i + size] for i in range(0, len(mine), size)] if mine else []
 
     def _sum(self, value: torch.Tensor) -> torch.Tensor:

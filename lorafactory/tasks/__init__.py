@@ -70,8 +70,12 @@ class Task:
         raise NotImplementedError
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Rows of any split -> one batch, padded to its longest row."""
+        """Rows of a split -> one batch, padded to its longest row."""
         raise NotImplementedError
+
+    def training_batch(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Training rows -> one batch, where it is laid out otherwise than one to predict on."""
+        return self.collate(rows)
 
     def size(self, batch: dict[str, Tensor]) -> int:
         """Loss units in the batch: examples, or label tokens."""

@@ -38,19 +38,20 @@ def read(source: str, subset: str, revision: str | None, text: list[str], label:
             return {d.name: _class_folders(d) for d in sorted(where.iterdir()) if d.is_dir()}
         if any(where.glob("*/*.txt")):
             return {"train": _class_folders(where)}
-    with reading(str(where), "task.source", LAYOUT):
-        found = _load(where, subset, revision)
+    found = tables(where, subset, revision, "task.source", LAYOUT)
     return {split: _rows(data, split, text, label) for split, data in found.items()}
 
 
-def _load(where: Path | str, subset: str, revision: str | None) -> Any:
+def tables(where: Path | str, subset: str, revision: str | None, option: str, layout: str) -> dict[str, Any]:
+    """split -> datasets.Dataset of a hub id or a folder. Raises UserError naming the option and the layout."""
     import datasets
 
-    if isinstance(where, str):
-        return datasets.load_dataset(where, subset or None, revision=revision)
-    if subset and (where / subset).is_dir():  # a hub repository's folder, with or without the README that maps it
-        where, subset = where / subset, ""
-    return datasets.load_dataset(str(where.resolve()), subset or None, cache_dir=str(cache_dir() / "datasets"))
+    with reading(str(where), option, layout):
+        if isinstance(where, str):
+            return datasets.load_dataset(where, subset or None, revision=revision)
+        if subset and (where / subset).is_dir():  # a hub repository's folder, with or without the README that maps it
+            where, subset = where / subset, ""
+        return datasets.load_dataset(str(where.resolve()), subset or None, cache_dir=str(cache_dir() / "datasets"))
 
 
 def _rows(data: Any, split: str, text: list[str], label: str) -> Raw:

@@ -1,4 +1,4 @@
-"""Seeded stratified splits."""
+"""Seeded stratified splits of a source's own splits."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
+
+from ..errors import UserError
+from . import SPLITS
 
 
 def draw(labels: np.ndarray, size: int, seed: list[int]) -> np.ndarray:
@@ -17,6 +20,24 @@ def draw(labels: np.ndarray, size: int, seed: list[int]) -> np.ndarray:
     share[np.argsort(share - exact, kind="stable")[: size - share.sum()]] += 1
     drawn = [rng.permutation(np.flatnonzero(labels == c))[:k] for c, k in zip(classes, share, strict=True)]
     return np.sort(np.concatenate(drawn))
+
+
+def divide(strata: dict[str, np.ndarray], places: dict[str, str], config: Any, source: str) -> dict[str, np.ndarray]:
+    """Rows of its place for each of SPLITS, test first, then selection, so that neither depends on how many rows train.
+
+    strata: source split -> each row's stratum; places: ours -> source split; config: a Task.Config with *_size,
+    *_share and split_seed. Raises UserError where a place has too few rows."""
+    rows, free = {}, {place: np.arange(len(s)) for place, s in strata.items()}
+    for i, ours in enumerate(reversed(SPLITS)):
+        place = places[ours]
+        left, size = free[place], getattr(config, f"{ours}_size")
+        if size == 0 and ours != "train" and place == places["train"]:
+            size = max(1, round(getattr(config, f"{ours}_share") * len(strata[place])))
+        if not len(left) or size > len(left):
+            raise UserError(f"task.{ours}_size={size}, but {source} has {len(left)} rows left for {ours}")
+        drawn = draw(strata[place][left], size, [config.split_seed, i]) if size else np.arange(len(left))
+        rows[ours], free[place] = left[drawn], np.delete(left, drawn)
+    return rows
 
 
 def overlaps(texts: dict[str, list[Any]]) -> dict[str, int]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import UserError
 from . import SPLITS, Task, labels, metrics, register_task, tokens
 from .reading import Raw, read
-from .splitting import draw, overlaps
+from .splitting import divide, overlaps
 
 
 @register_task("text")
@@ -81,7 +81,8 @@ class Text(Task):
                 raise UserError(f"{self._source} has no {theirs} split for {ours}; it has {', '.join(raw)}{hint}")
         used = {s: raw[s] for s in dict.fromkeys(self.source_split.values())}
         numbers = self.numbers(raw["train"], used)
-        rows = self._divide(numbers)
+        strata = {s: self.strata(n) for s, n in numbers.items()}
+        rows = divide(strata, self.source_split, c, self._source)
         self.texts = {s: [used[o].texts[i] for i in rows[s]] for s, o in self.source_split.items()}
         self.targets = {s: numbers[o][rows[s]].tolist() for s, o in self.source_split.items()}
         self.recoded = sum(len(r.recoded) for r in used.values())
@@ -108,21 +109,6 @@ class Text(Task):
     def _source(self) -> str:
         return "/".join(filter(None, (self.config.source, self.config.subset)))
 
-    def _divide(self, numbers: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Rows of each source split for each of ours: test first, then selection, so that neither depends on how many
-        rows train."""
-        rows, free = {}, {o: np.arange(len(n)) for o, n in numbers.items()}
-        for i, ours in enumerate(reversed(SPLITS)):
-            theirs = self.source_split[ours]
-            left, size = free[theirs], getattr(self.config, f"{ours}_size")
-            if size == 0 and ours != "train" and theirs == "train":
-                size = max(1, round(getattr(self.config, f"{ours}_share") * len(numbers["train"])))
-            if not len(left) or size > len(left):
-                raise UserError(f"task.{ours}_size={size}, but {self._source} has {len(left)} rows left for {ours}")
-            drawn = draw(self.strata(numbers[theirs][left]), size, [self.config.split_seed, i]) if size else np.arange(len(left))
-            rows[ours], free[theirs] = left[drawn], np.delete(left, drawn)
-        return rows
-
     def head(self) -> dict[str, Any]:
         by_number = dict(enumerate(self.labels))
         return {"num_labels": len(self.labels), "id2label": by_number, "label2id": {n: i for i, n in by_number.items()}}
@@ -140,7 +126,7 @@ class Text(Task):
         self.processor = processor
         key = tokens.key(processor, self.fingerprint, longest)
         found = tokens.cached(key, lambda: tokens.tokenise(processor, self.texts, longest))
-        rows = {s: tokens.rows(found, s, self.targets[s]) for s in SPLITS}
+        rows = {s: tokens.rows(found, s, labels=self.targets[s]) for s in SPLITS}
         self.splits = {**rows}
         self.cut = {s: sum(n >= longest for n in r.lengths()) for s, r in rows.items()}
 

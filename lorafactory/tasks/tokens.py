@@ -27,13 +27,14 @@ FORMAT = "1"  # of the cache's files
 class Rows(Sequence):
     """rows[i] -> {"input_ids": [...], "attention_mask": [...], ..., "labels": int}.
 
-    columns: name -> the rows' values end to end, int32; ends [n]: where each row ends in them; labels [n]."""
+    columns: name -> the rows' values end to end, int32; ends [n]: where each row ends in them; single: name -> [n], one
+    value a row, as its label."""
 
-    def __init__(self, columns: dict[str, Tensor], ends: Tensor, labels: list[int]):
-        self.columns, self.labels, self.ends = columns, labels, ends.tolist()
+    def __init__(self, columns: dict[str, Tensor], ends: Tensor, **single: list[int]):
+        self.columns, self.single, self.ends = columns, single, ends.tolist()
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.ends)
 
     def __getitem__(self, i: Any) -> Any:
         if isinstance(i, slice):
@@ -43,16 +44,16 @@ class Rows(Sequence):
         i %= len(self)
         start = self.ends[i - 1] if i else 0
         found: dict[str, Any] = {n: c[start : self.ends[i]].tolist() for n, c in self.columns.items()}
-        return found | {"labels": self.labels[i]}
+        return found | {n: values[i] for n, values in self.single.items()}
 
     def lengths(self) -> list[int]:
         return [b - a for a, b in zip([0, *self.ends[:-1]], self.ends, strict=True)]
 
 
-def rows(found: dict[str, Tensor], split: str, labels: list[int]) -> Rows:
+def rows(found: dict[str, Tensor], split: str, **single: list[int]) -> Rows:
     """One split of what tokenise() made."""
     columns = {n.removeprefix(f"{split}."): t for n, t in found.items() if n.startswith(f"{split}.")}
-    return Rows(columns, columns.pop("ends"), labels)
+    return Rows(columns, columns.pop("ends"), **single)
 
 
 def pad(rows: list[dict[str, Any]], processor: Any) -> dict[str, Tensor]:

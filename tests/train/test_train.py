@@ -47,6 +47,15 @@ def test_micro_batches_are_the_one_big_batch(tmp_path, micro, variant):
     assert cut.lifecycle.index == 8  # optimiser steps, not micro-batches
 
 
+def test_rows_of_like_length_share_a_micro_batch(tmp_path):
+    t = trainer(tmp_path, "train.batch_size=16", "train.micro_batch_size=5")
+    t.lengths = [(7 * i) % 23 for i in range(len(t.rows))]
+    cut = t._micro_batches(1)
+    assert [len(c) for c in cut] == [5, 5, 5, 1] and sorted(sum(cut, [])) == sorted(t.plan.batch(1))
+    ordered = [t.lengths[i] for c in cut for i in c]
+    assert ordered == sorted(ordered) != [t.lengths[i] for i in t.plan.batch(1)]
+
+
 def test_clipping_bounds_the_step(tmp_path):
     options = ("train.optimizer=sgd", "train.lr=1.0", "train.warmup=0", "train.steps=1", "train.schedule=constant")
     start = {n: p.detach().clone() for n, p in trainer(tmp_path).adapted.adapter.named_parameters()}
@@ -116,7 +125,7 @@ def test_rows_of_like_length_are_evaluated_together(tmp_path):
     t = trainer(tmp_path)
     ends = torch.tensor([3 + 4 * i % 9 for i in range(60)]).cumsum(0)
     columns = {n: torch.ones(int(ends[-1]), dtype=torch.int32) for n in ("input_ids", "attention_mask")}
-    t.task.splits["test"] = Rows(columns, ends, [0] * 60)
+    t.task.splits["test"] = Rows(columns, ends, labels=[0] * 60)
     seen, real = [], t.task.predict
     t.task.predict = lambda model, batch: seen.append(batch["attention_mask"].sum(1)) or real(model, batch)
     predict(t.adapted, t.task, "test", 7, t.accelerator)
