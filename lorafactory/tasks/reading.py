@@ -1,4 +1,4 @@
-"""Raw text classification data from anything that `datasets` reads, or from folders of text files by class."""
+"""Raw classification data from anything that `datasets` reads, or from folders of text files by class."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Raw:
     """One split as its source has it. names: the classes in the source's own order, where it gives one. places: what
     an error calls a row. recoded: files that were not UTF-8 and were read as Windows-1252."""
 
-    texts: Sequence[tuple[str, ...]]
+    inputs: Sequence[Any]
     labels: list[Any]
     places: Sequence[str]
     names: list[str] | None = None
@@ -38,12 +38,12 @@ def read(source: str, subset: str, revision: str | None, text: list[str], label:
             return {d.name: _class_folders(d) for d in sorted(where.iterdir()) if d.is_dir()}
         if any(where.glob("*/*.txt")):
             return {"train": _class_folders(where)}
-    found = tables(where, subset, revision, "task.source", LAYOUT)
+    found = tables(where, subset, revision, LAYOUT)
     return {split: _rows(data, split, text, label) for split, data in found.items()}
 
 
-def tables(where: Path | str, subset: str, revision: str | None, option: str, layout: str) -> dict[str, Any]:
-    """split -> datasets.Dataset of a hub id or a folder. Raises UserError naming the option and the layout."""
+def tables(where: Path | str, subset: str, revision: str | None, layout: str, option: str = "task.source") -> dict[str, Any]:
+    """split -> datasets.Dataset of a place that sources.locate() found. Raises UserError for what does not load."""
     import datasets
 
     with reading(str(where), option, layout):
@@ -54,21 +54,31 @@ def tables(where: Path | str, subset: str, revision: str | None, option: str, la
         return datasets.load_dataset(str(where.resolve()), subset or None, cache_dir=str(cache_dir() / "datasets"))
 
 
+
 def _rows(data: Any, split: str, text: list[str], label: str) -> Raw:
-    for option, column in [("task.text", t) for t in text] + [("task.label", label)]:
-        if column not in data.column_names:
-            near = nearest(column, data.column_names)
-            raise UserError(f"{option}: no column {column!r} in the {split} split; {near}")
+    require(data, split, [("task.text", t) for t in text] + [("task.label", label)])
     columns = [data[t][:] for t in text]
     for name, values in zip(text, columns, strict=True):
         for i, value in enumerate(values):
             if not isinstance(value, str):
                 raise UserError(f"{split} row {i}: column {name!r} holds {value!r}, not text")
-    names = getattr(data.features[label], "names", None)
-    return Raw(list(zip(*columns, strict=True)), data[label][:], _Rows(split, len(data)), names)
+    return Raw(list(zip(*columns, strict=True)), data[label][:], Places(split, len(data)), class_names(data, label))
 
 
-class _Rows(Sequence):
+def require(data: Any, split: str, columns: list[tuple[str, str]]) -> None:
+    """columns: (option, the column that it names). Raises UserError for one that is not there."""
+    for option, column in columns:
+        if column not in data.column_names:
+            near = nearest(column, data.column_names)
+            raise UserError(f"{option}: no column {column!r} in the {split} split; {near}")
+
+
+def class_names(data: Any, label: str) -> list[str] | None:
+    """The classes of a label column in its own order, where it has one."""
+    return getattr(data.features[label], "names", None)
+
+
+class Places(Sequence):
     """'train row 0', 'train row 1', …"""
 
     def __init__(self, split: str, size: int):

@@ -22,16 +22,26 @@ def draw(labels: np.ndarray, size: int, seed: list[int]) -> np.ndarray:
     return np.sort(np.concatenate(drawn))
 
 
-def divide(strata: dict[str, np.ndarray], places: dict[str, str], config: Any, source: str) -> dict[str, np.ndarray]:
+def places(selection: str, test: str, raw: Any, source: str) -> dict[str, str]:
+    """Which source split each of SPLITS is drawn from. Raises UserError for one that is not there."""
+    found = {"train": "train", "selection": selection, "test": test}
+    for ours, theirs in found.items():
+        if theirs not in raw:
+            hint = f"; task.{ours}_split=train draws a part of train" if ours != "train" else ""
+            raise UserError(f"{source} has no {theirs} split for {ours}; it has {', '.join(raw)}{hint}")
+    return found
+
+
+def divide(strata: dict[str, np.ndarray], of: dict[str, str], config: Any, source: str) -> dict[str, np.ndarray]:
     """Rows of its place for each of SPLITS, test first, then selection, so that neither depends on how many rows train.
 
-    strata: source split -> each row's stratum; places: ours -> source split; config: a Task.Config with *_size,
+    strata: source split -> each row's stratum; of: ours -> source split; config: a Task.Config with *_size,
     *_share and split_seed. Raises UserError where a place has too few rows."""
     rows, free = {}, {place: np.arange(len(s)) for place, s in strata.items()}
     for i, ours in enumerate(reversed(SPLITS)):
-        place = places[ours]
+        place = of[ours]
         left, size = free[place], getattr(config, f"{ours}_size")
-        if size == 0 and ours != "train" and place == places["train"]:
+        if size == 0 and ours != "train" and place == of["train"]:
             size = max(1, round(getattr(config, f"{ours}_share") * len(strata[place])))
         if not len(left) or size > len(left):
             raise UserError(f"task.{ours}_size={size}, but {source} has {len(left)} rows left for {ours}")
