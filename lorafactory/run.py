@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import time
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +26,8 @@ from .sinks import Progress as Bar
 from .sinks import Wandb
 from .tasks import Task, get_task
 from .train import Diverged, Trainer
+
+_measured: dict[str, dict[str, Any]] = {}  # of untrained bases, in this process
 
 
 @dataclass
@@ -111,10 +114,12 @@ def _train(config: RunConfig, id: str, task: Task, adapted: Adapted, accelerator
     trainer.watch = watch
     made: dict[str, Any] = {"status": "ok", "raw": None}
     try:
+        before = {"untrained": _untrained(config, task, adapted, accelerator)} if config.task.baseline else {}
         trainer.train()
         made |= _score(config, task, adapted, accelerator)
+        made["metrics"] |= before
     except Diverged as e:
-        made |= {"status": "diverged", "reason": str(e), "metrics": {"primary": task.primary, "selection": {}, "test": {}}}
+        made |= {"status": "diverged", "reason": str(e), "metrics": _judged(task) | {"selection": {}, "test": {}}}
     finally:
         bar.close()
     progress = trainer.progress
@@ -141,9 +146,23 @@ def _train(config: RunConfig, id: str, task: Task, adapted: Adapted, accelerator
     return made
 
 
+def _judged(task: Task) -> dict[str, Any]:
+    return {"primary": task.primary, "selects": task.selects}
+
+
+def _untrained(config: RunConfig, task: Task, adapted: Adapted, accelerator: Accelerator) -> dict[str, Any]:
+    """The test metrics of the base as it came; of a sweep's runs with one base and task the first measures them."""
+    how = config.train.eval_batch_size, config.train.precision, config.seed
+    key = json.dumps([asdict(config.task), asdict(config.model), how])
+    if key not in _measured:
+        with adapted.disabled(), seeded(config.seed):
+            _measured[key], _ = score(adapted, task, "test", config.train.eval_batch_size, accelerator)
+    return _measured[key]
+
+
 def _score(config: RunConfig, task: Task, adapted: Adapted, accelerator: Accelerator) -> dict[str, Any]:
     """Selection and test, each read once, after training."""
-    metrics: dict[str, Any] = {"primary": task.primary}
+    metrics = _judged(task)
     raw = {}
     with seeded(config.seed):
         for split in ("selection", "test"):

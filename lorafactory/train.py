@@ -35,7 +35,7 @@ class Progress:
     step: int = 0  # steps done
     curve: list[dict[str, float]] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
-    best: dict[str, Any] | None = None  # of the evaluations, by the selection split's primary metric
+    best: dict[str, Any] | None = None  # of the evaluations, by what the task selects by
     seconds: float = 0.0  # of training, earlier processes included
     reached: list[str] = field(default_factory=list)  # deltas that had a gradient
 
@@ -184,9 +184,9 @@ class Trainer:
         metrics, _ = score(self.adapted, self.task, "selection", self.config.eval_batch_size, self.accelerator)
         found = {"step": self.progress.step, "selection": metrics}
         self.progress.evaluations.append(found)
-        value = metrics.get(self.task.primary)
+        value = metrics.get(self.task.selects)
         best = self.progress.best
-        if value is not None and (best is None or value > best["selection"][self.task.primary]):
+        if value is not None and (best is None or value > best["selection"][self.task.selects]):
             self.progress.best = found
             if self.config.keep == "best":
                 self.checkpoints.save_best()

@@ -31,11 +31,12 @@ class Row:
 
 @dataclass
 class Table:
-    """majority: {column label: test score of always answering the most frequent class, None if undefined}."""
+    """beside: {what was not trained: {column label: its test score, None if undefined}}: always answering the most frequent
+    class; the base as it came."""
 
     spec: Spec
     rows: list[Row]
-    majority: dict[str, float | None]
+    beside: dict[str, dict[str, float | None]]
     notes: list[str]
     left_out: list[str]
 
@@ -70,7 +71,7 @@ def build(spec: Spec, results: str | Path, scratch: bool = False) -> Table:
         for label in sorted(own, key=lambda label: _by_number(spec, groups[label][0])) or [variant]:
             rows.append(_row(label, variant, groups.get(label, []), spec, expected))
     ranked = _mark(spec, rows)
-    table = Table(spec, rows, _majority(spec, runs), [], left_out)
+    table = Table(spec, rows, _beside(spec, runs), [], left_out)
     table.notes = notes(table, runs, mixed, ranked)
     return table
 
@@ -171,14 +172,16 @@ def _mark(spec: Spec, rows: list[Row]) -> list[str]:
     return said
 
 
-def _majority(spec: Spec, runs: list[Run]) -> dict[str, float | None]:
-    found: dict[str, float | None] = {}
+def _beside(spec: Spec, runs: list[Run]) -> dict[str, dict[str, float | None]]:
+    found: dict[str, dict[str, float | None]] = {}
     for column in spec.tasks:
         for run in runs:
             if run.record["task"] == column.task and run.record["status"] == "ok":
-                name = run.record["metrics"]["primary"] if column.metric == "primary" else column.metric
-                majority = run.record["data"].get("majority", {})
-                if name in majority:
-                    found[column.label] = majority[name]
+                metrics = run.record["metrics"]
+                name = metrics["primary"] if column.metric == "primary" else column.metric
+                lines = {"(majority class)": run.record["data"].get("majority"), "(untrained)": metrics.get("untrained")}
+                for line, scores in lines.items():
+                    if scores and name in scores:
+                        found.setdefault(line, {})[column.label] = scores[name]
                 break
     return found

@@ -73,7 +73,8 @@ def state(run: Run, select: Select, metric: str) -> str:
 def value(run: Run, split: str, metric: str) -> float | None:
     """The metric of a finished run. Raises UserError if the task does not have it."""
     metrics = run.record["metrics"]
-    name = metrics["primary"] if metric == "primary" else metric
+    own = metrics.get("selects", metrics["primary"]) if split == "selection" else metrics["primary"]
+    name = own if metric == "primary" else metric
     if name not in metrics[split]:
         known = [key for key, item in metrics[split].items() if not isinstance(item, bool | str)]
         raise UserError(f"{run.record['task']} has no metric {name!r} on {split}; {nearest(name, known)} ({run.where})")

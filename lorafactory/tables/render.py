@@ -40,9 +40,8 @@ def grid(table: Table) -> tuple[list[str], list[list[tuple[str, bool]]]]:
         line += [(point_of(next(iter(row.cells.values()))) or NONE, False)] * points
         line += [(_span(row), False)] * tuned + [(sick_of(row), False)] * sick
         lines.append(line)
-    if table.majority:
-        shares = [table.majority.get(column.label) for column in spec.tasks]
-        line = [("(majority class)", False), *((_number(s, table), False) for s in shares)]
+    for name, scores in table.beside.items():
+        line = [(name, False), *((_number(scores.get(column.label), table), False) for column in spec.tasks)]
         lines.append(line + [("", False)] * (len(header) - len(line)))
     return header, lines
 
@@ -98,8 +97,8 @@ def text(table: Table) -> str:
 
     rule = "─" * (sum(widths) + 2 * (len(widths) - 1))
     shown = [aligned(line) for line in lines]
-    if table.majority:
-        shown.insert(-1, rule)
+    if table.beside:
+        shown.insert(-len(table.beside), rule)
     caption = [table.spec.caption.strip(), ""] if table.spec.caption.strip() else []
     again = {row.label: command for row, _, command in reversed(list(table.commands()))}
     ordered = [f"  {command}" for row in table.rows if (command := again.get(row.label))]
@@ -129,8 +128,8 @@ def latex(table: Table) -> str:
     """A table environment that needs booktabs alone; the notes stand below it as small print."""
     header, rows = grid(table)
     body = [" & ".join(rf"\textbf{{{_tex(t)}}}" if bold else _tex(t) for t, bold in row) + r" \\" for row in rows]
-    if table.majority:
-        body.insert(-1, r"\midrule")
+    if table.beside:
+        body.insert(-len(table.beside), r"\midrule")
     return "\n".join([
         *(f"% {row.label}, {label}: {' '.join(command.split())}" for row, label, command in table.commands()),
         r"\begin{table}", r"\centering",
@@ -158,8 +157,9 @@ def numbers(table: Table) -> str:
             write([row.label, row.variant, label, kind, len(c.values), c.expected, _full(c.mean), _full(c.spread),
                    json.dumps(c.values), json.dumps(c.point), c.tried, " ".join(c.edge), int(c.untuned), int(c.bold),
                    *(c.sick.get(state, 0) for state in SICK), c.command])  # fmt: skip
-    for label, share in table.majority.items():
-        write(["(majority class)", "", label, "reference", "", "", _full(share), *[""] * (7 + len(SICK) + 1)])
+    for name, scores in table.beside.items():
+        for label, share in scores.items():
+            write([name, "", label, "reference", "", "", _full(share), *[""] * (7 + len(SICK) + 1)])
     return out.getvalue()
 
 

@@ -30,13 +30,13 @@ class Task:
     kind: ClassVar[str]
     auto_model: ClassVar[str] = "AutoModelForSequenceClassification"
     auto_processor: ClassVar[str] = "AutoTokenizer"
-    primary: str  # the metric that selects
+    primary: str  # the metric that a run is judged by
     splits: dict[str, Sequence[dict[str, Any]]]  # each of SPLITS -> prepared rows
 
     @dataclass
     class Config:
         """source: hub id, folder, or package:<name>/<folder>. revision: the hub's. *_size: rows, drawn by split_seed
-        alone, whatever the run's seed; 0: all."""
+        alone, whatever the run's seed; 0: all. baseline: `untrained` scores the base as it came, too."""
 
         kind: str = ""
         name: str = ""
@@ -46,8 +46,11 @@ class Task:
         selection_size: int = 0
         test_size: int = 0
         split_seed: int = 0
+        baseline: str = ""
 
         def __post_init__(self) -> None:
+            if self.baseline not in ("", "untrained"):
+                raise UserError(f"task.baseline={self.baseline}: there is untrained, or nothing")
             for option in (*(f"{s}_size" for s in SPLITS), "split_seed"):
                 if getattr(self, option) < 0:
                     raise UserError(f"task.{option}={getattr(self, option)}: give 0 or more")
@@ -56,6 +59,11 @@ class Task:
         if config.kind != self.kind:
             raise UserError(f"task.kind={config.kind!r}, but {type(self).__name__} is kind {self.kind!r}: use a preset")
         self.config = config
+
+    @property
+    def selects(self) -> str:
+        """The metric of the selection split that chooses between runs; larger is better."""
+        return self.primary
 
     def load(self) -> None:
         """Read the raw data and make the splits. Raises UserError for missing or wrong data."""
