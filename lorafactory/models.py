@@ -13,18 +13,22 @@ from typing import Any, Optional
 import torch
 import torch.nn as nn
 
-from . import fingerprint, gguf, tiny
+from . import fingerprint, gguf, tiny, vit_mnist
 from .attach import seeded
 from .errors import UserError
 from .sources import locate, reading
-from .targets import head_modules, inside
+from .targets import base_name, head_modules, inside
 from .tasks import Task
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HEADS = ("auto", "new", "keep")
-LAYOUT = "a folder with config.json, model.safetensors and the tokenizer's files, as save_pretrained writes them"
+LAYOUT = (
+    "a folder with config.json, model.safetensors and the tokenizer's or image processor's files, as save_pretrained "
+    "writes them"
+)
 TINY = "lorafactory:tiny"
-BUILT = {TINY: tiny.folder, "lorafactory:tiny_causal": tiny.causal_folder}
+# made on the spot, once
+BUILT = {TINY: tiny.folder, "lorafactory:tiny_causal": tiny.causal_folder, "lorafactory:vit_mnist": vit_mnist.folder}
 KEPT = 2  # loaded bases a process keeps: a sweep over two tasks loads each once
 _loaded: dict[str, Loaded] = {}
 
@@ -76,13 +80,16 @@ class Loaded:
     @cached_property
     def fingerprint(self) -> str:
         """Of the base's numbers without the head."""
-        return fingerprint.of_model(self.model, heads(self))
+        given = [n for n, m in self.model.named_children() if next(m.parameters(), None) is None]
+        return fingerprint.of_model(self.model, heads(self) + given)
 
     def describe(self) -> dict[str, Any]:
         """For the record."""
         c = self.config
         revision = getattr(self.model.config, "_commit_hash", None) or c.revision
         about = {"source": c.source, "revision": revision, "dtype": c.dtype}
+        if hasattr(self.processor, "to_json_string"):  # an image processor: how it resizes is part of the base
+            about["processor"] = {"class": type(self.processor).__name__, **json.loads(self.processor.to_json_string())}
         return about | {"fingerprint": self.fingerprint, "head": self.head}
 
 
@@ -112,13 +119,12 @@ def _load(config: ModelConfig, task: Task, head: dict[str, Any]) -> Loaded:
     where = str(_place(config.source))
     options: dict[str, Any] = {"revision": config.revision} if config.revision else {}
     with reading(where, "model.source", LAYOUT), seeded(0):
-        processor = getattr(transformers, task.auto_processor).from_pretrained(where, **options)
+        reader = getattr(transformers, task.auto_processor)
+        processor = reader.from_pretrained(where, **options, **task.processor_options)
         own = transformers.AutoConfig.from_pretrained(where, **options)
         if config.attention:
             options["attn_implementation"] = config.attention
-        model, info = getattr(transformers, task.auto_model).from_pretrained(
-            where, **head, **options, dtype=DTYPES[config.dtype], output_loading_info=True, ignore_mismatched_sizes=True
-        )
+        model, info = task.load_model(where, **head, **options, dtype=DTYPES[config.dtype])
     absent = info["missing_keys"] | {name for name, *_ in info["mismatched_keys"]}
     loaded = Loaded(config, model.eval(), processor, [n for n, _ in model.named_parameters() if n in absent])
     _refuse_holes(loaded, absent)
@@ -138,7 +144,7 @@ def _place(source: str) -> Path | str:
 
 def _refuse_holes(loaded: Loaded, absent: set[str]) -> None:
     """A missing head is drawn, and so is a pooler, which pre-training often lacks; anything else is a wrong file."""
-    prefix = loaded.model.base_model_prefix + "."
+    prefix = base_name(loaded.model) + "."
     holes = sorted(n for n in absent if n.startswith(prefix) and "pooler" not in n.split("."))
     if holes:
         kind = type(loaded.model).__name__
@@ -152,6 +158,10 @@ def _fit_head(loaded: Loaded, theirs: list[str], ours: list[str], missing: set[s
     """Give a trained head the task's class order. Returns what was done."""
     config, model = loaded.config, loaded.model
     modules = head_modules(model)
+    if not modules and not loaded.fresh:
+        if config.head != "auto":
+            raise UserError(f"model.head={config.head} has no effect: the task gives the head, frozen; leave it out")
+        return "frozen"
     output = _output_layer(model, modules, len(ours))
     if f"{output}.weight" in missing:
         return "new"

@@ -30,12 +30,21 @@ def matches(entry: str, name: str) -> bool:
         raise UserError(f"{entry!r} is no regular expression: {e}") from None
 
 
+def base_name(model: nn.Module) -> str:
+    """Where a transformers model keeps its base model; "": nowhere. CLIP's classifier names a whole that it is only a
+    part of: there it is the one child that is a transformers model itself."""
+    prefix = getattr(model, "base_model_prefix", "")
+    if not prefix or hasattr(model, prefix):
+        return prefix
+    inner = [n for n, m in model.named_children() if hasattr(m, "base_model_prefix")]
+    return inner[0] if len(inner) == 1 else ""
+
+
 def head_modules(model: nn.Module) -> list[str]:
     """The task head of a transformers model: what lies beside its base model and does not hold the output embedding."""
-    prefix = getattr(model, "base_model_prefix", "")
-    if not prefix or not hasattr(model, prefix):
+    prefix, output = base_name(model), _output(model)
+    if not prefix:
         return []
-    output = _output(model)
     beside = [(n, m) for n, m in model.named_children() if n != prefix and all(x is not output for x in m.modules())]
     return [n for n, m in beside if any(True for _ in m.parameters())]
 

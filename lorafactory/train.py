@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from .optim import Lifecycle
 from .plan import Plan, mix
 from .resume import Checkpoints, Interrupt
 
+log = logging.getLogger(__name__)
 WATCHED = 5  # optimiser steps within which a gradient must have reached every delta
 
 
@@ -170,9 +172,13 @@ class Trainer:
         missing = {n: ps for n, ps in deltas.items() if ps and n not in self.progress.reached}
         self.progress.reached += [n for n, ps in missing.items() if any(p.grad is not None and p.grad.any() for p in ps)]
         lost = [n for n in missing if n not in self.progress.reached]
-        if lost and step + 1 == min(WATCHED, self.plan.total):
-            raise UserError(f"no gradient reached {', '.join(lost[:3])} ({len(lost)} of {len(deltas)} adapted layers) in "
-                            f"{step + 1} steps: the model does not call them; name other target_modules")  # fmt: skip
+        if not lost or step + 1 != min(WATCHED, self.plan.total):
+            return
+        told = f"no gradient reached {', '.join(lost[:3])} ({len(lost)} of {len(deltas)} adapted layers) in {step + 1} steps"
+        if list(self.adapted.targets) == ["all"] and len(lost) < len(deltas):
+            log.warning("%s: the loss does not depend on them, so they stay as they are", told)  # CLIP's last norm, say
+        else:
+            raise UserError(f"{told}: the model does not call them; name other target_modules")
 
     def _note(self, row: dict[str, float]) -> None:
         every = max(1, math.ceil(self.plan.total / 200))

@@ -30,6 +30,7 @@ class Task:
     kind: ClassVar[str]
     auto_model: ClassVar[str] = "AutoModelForSequenceClassification"
     auto_processor: ClassVar[str] = "AutoTokenizer"
+    processor_options: ClassVar[dict[str, Any]] = {}
     primary: str  # the metric that a run is judged by
     splits: dict[str, Sequence[dict[str, Any]]]  # each of SPLITS -> prepared rows
 
@@ -70,8 +71,16 @@ class Task:
         raise NotImplementedError
 
     def head(self) -> dict[str, Any]:
-        """What from_pretrained must know of the head: num_labels, id2label, label2id; {}: it has none."""
+        """What load_model must know of the head: num_labels, id2label, label2id; {}: it has none."""
         return {}
+
+    def load_model(self, where: str, **options: Any) -> tuple[Any, dict[str, Any]]:
+        """(the model with the task's head, transformers' loading info) of a folder or hub id. options: head()'s, and
+        what else from_pretrained takes."""
+        import transformers
+
+        auto = getattr(transformers, self.auto_model)
+        return auto.from_pretrained(where, **options, output_loading_info=True, ignore_mismatched_sizes=True)
 
     def prepare(self, processor: Any) -> None:
         """Fill `splits` with rows for the model, cached on disk."""

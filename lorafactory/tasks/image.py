@@ -1,0 +1,75 @@
+"""Image classification on any source with a column of pictures and a label column."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from . import SPLITS, register_task
+from .classification import Classification
+from .pictures import Picture, read
+from .pixels import Pixels, Processor, cached
+from .reading import Raw
+
+HEADS = ("linear", "zero_shot")
+PROMPT = "a photo of a {}."
+
+
+@register_task("image")
+class Image(Classification):
+    """A picture under class names, as the model's own image processor prepares it."""
+
+    auto_model = "AutoModelForImageClassification"
+    auto_processor = "AutoImageProcessor"
+    processor_options = {"backend": "pil"}  # one resize rule everywhere, torchvision there or not
+
+    @dataclass
+    class Config(Classification.Config):
+        """image: the column of pictures. head: `linear`, drawn and trained; or, for CLIP, `zero_shot`: the features of
+        every class's prompt, frozen. prompt: for zero_shot, with {} where the class name goes, `_` read as a space."""
+
+        kind: str = "image"
+        image: str = "image"
+        head: str = "linear"
+        prompt: str = PROMPT
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if self.head not in HEADS:
+                raise UserError(f"task.head={self.head}: there are {', '.join(HEADS)}")
+            if self.prompt.count("{}") != 1:
+                raise UserError(f"task.prompt={self.prompt!r}: write {{}} once, where the class name goes")
+            if self.head == "linear" and self.prompt != PROMPT:
+                raise UserError(f"task.prompt={self.prompt!r} has no effect on task.head=linear: leave it out")
+
+    def read(self) -> dict[str, Raw]:
+        c = self.config
+        return read(c.source, c.subset, c.revision, c.image, c.label)
+
+    def content(self, row: Picture) -> str:
+        return row.digest
+
+    def head(self) -> dict[str, Any]:
+        if self.config.head == "linear":
+            return super().head()
+        return super().head() | {"prompts": [self.config.prompt.replace("{}", n.replace("_", " ")) for n in self.labels]}
+
+    def load_model(self, where: str, **options: Any) -> tuple[Any, dict[str, Any]]:
+        if self.config.head == "linear":
+            return super().load_model(where, **options)
+        from .zero_shot import load
+
+        return load(where, **options)
+
+    def prepare(self, processor: Any) -> None:
+        self.processor = Processor(processor, self.inputs["train"][0])
+        self.splits = {s: Pixels(cached(self.processor, self.inputs[s]), self.targets[s]) for s in SPLITS}
+
+    def collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        values = self.processor.scale(torch.from_numpy(np.stack([r["pixel_values"] for r in rows])))
+        return {"pixel_values": values, "labels": torch.tensor([r["labels"] for r in rows])}
