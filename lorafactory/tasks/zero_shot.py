@@ -34,7 +34,6 @@ class TextHead(nn.Module):
 class ZeroShotCLIP(CLIPPreTrainedModel):
     """CLIP's vision tower under a TextHead; save_pretrained and from_pretrained keep both."""
 
-    config: CLIPConfig
     main_input_name = "pixel_values"
 
     def __init__(self, config: Any):
