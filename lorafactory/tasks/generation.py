@@ -91,24 +91,29 @@ class Generation(Task):
         self.primary = "log_likelihood" if self.judge is None else "exact_match"
 
     def read(self) -> dict[str, list[Pair]]:
-        """split -> pairs; those of another source that is scored are called as test_place."""
+        """split -> pairs of the source."""
         c = self.config
-        found = self._pairs("", c.source, c.subset, c.prompt, c.completion)
-        if c.test_source:
-            templates = c.test_prompt or c.prompt, c.test_completion or c.completion
-            other = self._pairs("test_", c.test_source, c.test_subset, *templates)
-            found |= {f"{c.test_source}:{split}": rows for split, rows in other.items()}
-        return found
+        return self.pairs_of("", c.source, c.subset, c.prompt, c.completion)
 
-    def _pairs(self, prefix: str, source: str, subset: str, prompt: str, completion: str) -> dict[str, list[Pair]]:
-        where = locate(source, f"task.{prefix}source", LAYOUT)
-        data = tables(where, subset, self.config.revision if not prefix else None, LAYOUT, f"task.{prefix}source")
+    def read_test(self) -> dict[str, list[Pair]]:
+        """The same of the source that is scored, where it is another."""
+        c = self.config
+        return self.pairs_of("test_", c.test_source, c.test_subset, c.test_prompt or c.prompt, c.test_completion or c.completion)
+
+    def pairs_of(self, prefix: str, source: str, subset: str, prompt: str, completion: str) -> dict[str, list[Pair]]:
         options = (f"task.{prefix}prompt", f"task.{prefix}completion")
+        data = self.tables(prefix, source, subset)
         return {split: pairs(rows, split, prompt, completion, options) for split, rows in data.items()}
 
+    def tables(self, prefix: str, source: str, subset: str) -> dict[str, Any]:
+        where = locate(source, f"task.{prefix}source", LAYOUT)
+        return tables(where, subset, None if prefix else self.config.revision, LAYOUT, f"task.{prefix}source")
+
     def load(self) -> None:
-        c, raw = self.config, self.read()
-        test = f"{c.test_source}:{c.test_split}" if c.test_source else c.test_split
+        c, raw, test = self.config, self.read(), self.config.test_split
+        if c.test_source:
+            raw |= {f"{c.test_source}:{split}": rows for split, rows in self.read_test().items()}
+            test = f"{c.test_source}:{test}"
         self.source_split = places(c.selection_split, test, raw, c.source)
         strata = {s: np.zeros(len(raw[s]), int) for s in dict.fromkeys(self.source_split.values())}
         rows = divide(strata, self.source_split, c, c.source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import comb
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,18 @@ def spearman(predicted: np.ndarray, true: np.ndarray) -> float:
     from scipy.stats import rankdata
 
     return pearson(rankdata(predicted), rankdata(true))
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """How likely one of k programs drawn from the `samples` written for a problem is correct, without bias:
+    1 - C(n - c, k) / C(n, k) (Chen et al. 2021, arXiv 2107.03374, equation 1). In whole numbers until the last division,
+    so exact for any n."""
+    if not 1 <= k <= samples:
+        raise UserError(f"pass@{k} of {samples} programs a problem: k must be from 1 to {samples}; sample at least {k}")
+    if not 0 <= correct <= samples:
+        raise ValueError(f"{correct} of {samples} are correct")
+    draws = comb(samples, k)
+    return (draws - comb(samples - correct, k)) / draws
 
 
 Metric = Callable[[np.ndarray, np.ndarray], float]

@@ -10,7 +10,6 @@ from samples import loaded, make, refused
 from lorafactory import attach, models, tiny
 from lorafactory.tasks import layout
 from lorafactory.tasks.dialogue import Pair, Wording
-from lorafactory.tasks.generation import Generation
 
 PAIRS = [("one two", "three"), ("a", "bc d"), ("say seven", "7"), ("the longest of these prompts", "ok")]
 
