@@ -1,10 +1,11 @@
-"""Files that are whole or not there, and a lock that dies with its holder."""
+"""Files and folders that are whole or not there, and a lock that dies with its holder."""
 
 from __future__ import annotations
 
 import fcntl
 import logging
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -36,6 +37,24 @@ def write_whole(path: Path, data: bytes) -> None:
         _sync_folder(path.parent)
     except OSError as error:
         raise _unwritable(path, error) from error
+
+
+def remove(folder: Path) -> None:
+    """A folder of ours goes at once: what a kill leaves of it has another name, and goes the next time."""
+    gone = folder.with_name(f".{folder.name}.gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    with suppress(FileNotFoundError):
+        os.rename(folder, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def tidy(folder: Path, pattern: str) -> None:
+    """Remove what killed writers left in `folder`; only for who holds the lock on all that `pattern` matches."""
+    for left in folder.glob(pattern):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -76,13 +95,22 @@ def _acquire(place: Path, wait: bool) -> int:
                     told = True
                 fcntl.flock(handle, fcntl.LOCK_EX)
             if os.fstat(handle).st_nlink:  # else its last holder has removed this file: another one counts now
-                os.ftruncate(handle, 0)
-                os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+                _sign(handle, place)
                 return handle
         except BaseException:
             os.close(handle)
             raise
         os.close(handle)
+
+
+def _sign(handle: int, place: Path) -> None:
+    """Say in the locked file who holds it; on a full disk there is no room for that, and nothing is left."""
+    try:
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    except OSError:
+        os.unlink(place)
+        raise
 
 
 def _sync_folder(folder: Path) -> None:
@@ -94,4 +122,4 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _unwritable(path: Path, error: OSError) -> UserError:
-    return UserError(f"cannot write {path}: {error.strerror or error}; name a folder that can be written (results=DIR)")
+    return UserError(f"cannot write {path}: {error.strerror or error}; name a folder that can be written (results.folder=DIR)")

@@ -12,12 +12,13 @@ import json
 import logging
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from .environment import environment
 from .errors import UserError
-from .files import lock, write_whole
+from .files import lock, tidy, write_whole
 from .plain import finite, flat
 
 __all__ = ["environment", "find", "is_scratch", "lock", "path_of", "read", "read_all", "read_predictions", "run_id",
@@ -85,7 +86,7 @@ def find(results: str | Path, experiment: str, variant: str, task: str, model: s
 def write(path: Path, record: Mapping[str, Any], predictions: Mapping[str, Any] | None = None) -> None:
     """Predictions first, the record last, so a record on disk is complete. NaN and infinity become null, with the
     reason under `<key>_undefined`. Raises UserError for a folder that cannot be written or a record that lacks
-    something; then nothing is left behind but, at most, predictions without a record."""
+    something; then nothing is left behind. Only who holds the run's lock may write."""
     content = finite(record)
     content["predictions"] = None
     raw = b""
@@ -94,9 +95,16 @@ def write(path: Path, record: Mapping[str, Any], predictions: Mapping[str, Any] 
         content["predictions"] = {"file": _beside(path).name, "sha256": hashlib.sha256(raw).hexdigest()}
     _check(content, path)
     lines = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in content.items()]
-    if predictions is not None:
-        write_whole(_beside(path), gzip.compress(raw, mtime=0))
-    write_whole(path, ("{\n" + ",\n".join(lines) + "\n}\n").encode())  # a section a line: short, and its diffs too
+    tidy(path.parent, f".{path.stem}.*.tmp")
+    with suppress(OSError):
+        path.unlink()  # one that this run replaces: it must not stand beside predictions of another
+    try:
+        if predictions is not None:
+            write_whole(_beside(path), gzip.compress(raw, mtime=0))
+        write_whole(path, ("{\n" + ",\n".join(lines) + "\n}\n").encode())  # a section a line: short, and its diffs too
+    except UserError:
+        _beside(path).unlink(missing_ok=True)
+        raise
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import signal
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from . import checkpoint
+from . import checkpoint, files
 from .attach import Adapted
 from .errors import UserError
 
@@ -24,6 +23,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path, adapted: Adapted, accelerator: Accelerator):
         self.folder, self.adapted, self.accelerator = folder, adapted, accelerator
+        if accelerator.is_main_process:
+            files.tidy(folder, ".*")
 
     def steps(self) -> list[Path]:
         return sorted(p for p in self.folder.glob("step-*") if p.is_dir())
@@ -36,7 +37,7 @@ class Checkpoints:
             name = f"step-{progress.step:06d}"
             checkpoint.save(self.adapted, self.folder / name, state, optimizer)
             for old in self.steps()[:-KEPT]:
-                shutil.rmtree(old)
+                files.remove(old)
         self.accelerator.wait_for_everyone()
 
     def newest(self) -> Path | None:
@@ -66,10 +67,6 @@ class Checkpoints:
     def restore_best(self) -> None:
         checkpoint.restore(self.adapted, self.folder / "best")
 
-    def clear(self) -> None:
-        if self.accelerator.is_main_process:
-            shutil.rmtree(self.folder, ignore_errors=True)
-
 
 class Interrupt:
     """Ctrl-C waits for the end of the step, so that the last checkpoint is whole; a second one does not wait."""
@@ -94,6 +91,9 @@ class Interrupt:
             raise KeyboardInterrupt
         self.wanted = True
 
-    def check(self, folder: Path) -> None:
-        if self.wanted:
-            raise KeyboardInterrupt(f"stopped; the same command goes on from {folder}")
+
+def how_to_go_on(folder: Path) -> str:
+    """What a stopped run says last; folder: of its checkpoints."""
+    if any(folder.glob("step-*")):
+        return f"stopped; the same command goes on from {folder}"
+    return "stopped before the first checkpoint (train.checkpoint_every=N); the same command starts anew"

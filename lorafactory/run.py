@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,13 +14,14 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 
-from . import checkpoint, models, record, registry
+from . import checkpoint, files, models, record, registry
 from .attach import Adapted, seeded
 from .config import RunConfig
 from .errors import UserError
 from .evaluate import score
 from .memory import Peak
 from .plan import mix
+from .resume import how_to_go_on
 from .sinks import Progress as Bar
 from .sinks import Wandb
 from .tasks import Task, get_task
@@ -53,18 +53,23 @@ def run(config: RunConfig, command: str = "") -> Outcome:
     AcceleratorState._reset_state()  # a sweep may change the precision from run to run
     accelerator = Accelerator(mixed_precision=config.train.precision, cpu=not torch.cuda.is_available())
     main, results = accelerator.is_main_process, Path(config.results.folder)
+    place = results / "scratch" / "checkpoints" / names["id"]
     with record.lock(record.path_of(results, **names)) if main else contextlib.nullcontext():
         path = record.find(results, **names) if main else None
         if accelerator.num_processes > 1:
             (path,) = broadcast_object_list([path])
         if path is not None:
+            if main:
+                files.remove(place)  # a kill may have come between the record and this
             return Outcome("found", path, record.read(path))
         made: dict[str, Any] = {"schema": record.SCHEMA, **names, "config": settings, "command": command}
         made["environment"] = record.environment(accelerator.device.type) | {"processes": accelerator.num_processes}
         try:
-            made |= _make(config, names["id"], accelerator)
+            made |= _make(config, names["id"], accelerator, place)
         except UserError:
             raise  # nothing ran
+        except KeyboardInterrupt as e:
+            raise KeyboardInterrupt(str(e) or how_to_go_on(place)) from None
         except Exception as e:
             failed = made | {"status": "failed", "reason": f"{type(e).__name__}: {e}"}
             if main:
@@ -74,12 +79,13 @@ def run(config: RunConfig, command: str = "") -> Outcome:
         predictions = made.pop("raw")
         if main:
             record.write(path, made, predictions)
+            files.remove(place)
         accelerator.wait_for_everyone()
         return Outcome(made["status"], path, record.read(path))
 
 
-def _make(config: RunConfig, id: str, accelerator: Accelerator) -> dict[str, Any]:
-    """Everything that only running can tell."""
+def _make(config: RunConfig, id: str, accelerator: Accelerator, place: Path) -> dict[str, Any]:
+    """Everything that only running can tell; place: where its checkpoints lie until there is a record."""
     began = time.perf_counter()
     task = get_task(config.task.kind)(config.task)
     task.load()
@@ -94,16 +100,16 @@ def _make(config: RunConfig, id: str, accelerator: Accelerator) -> dict[str, Any
         variant = replace(variant, trained_modules=models.heads(loaded))
     adapted = Adapted(loaded.model, variant, mix(config.seed, 2))
     try:
-        found = _train(config, id, task, adapted, accelerator)
+        found = _train(config, id, task, adapted, accelerator, place)
         found["cost"] |= {"peak_bytes": peak.read(), "seconds": time.perf_counter() - began}
         return found | about
     finally:
         adapted.detach()
 
 
-def _train(config: RunConfig, id: str, task: Task, adapted: Adapted, accelerator: Accelerator) -> dict[str, Any]:
+def _train(config: RunConfig, id: str, task: Task, adapted: Adapted, accelerator: Accelerator, place: Path) -> dict[str, Any]:
     scratch = Path(config.results.folder) / "scratch"
-    trainer = Trainer(adapted, task, config.train, mix(config.seed, 3), accelerator, scratch / "checkpoints" / id)
+    trainer = Trainer(adapted, task, config.train, mix(config.seed, 3), accelerator, place)
     bar = Bar(trainer.plan.total, f"{adapted.variant} {config.task.name} seed {config.seed}", trainer.progress.step)
     wandb = Wandb(config.wandb.mode, config.wandb.project, f"{adapted.variant}-{id}", asdict(config), scratch)
 
@@ -128,7 +134,7 @@ def _train(config: RunConfig, id: str, task: Task, adapted: Adapted, accelerator
     made["cost"] = adapted.cost() | {
         "train_seconds": seconds,
         "steps_per_second": progress.step / seconds if seconds else None,
-        "checkpoint_bytes": _keep(config, id, adapted) if accelerator.is_main_process else None,
+        "checkpoint_bytes": _keep(config, id, adapted, place) if accelerator.is_main_process else None,
     }
     made |= {"adapted": adapted.adapter.describe(), "targets": adapted.targets}
     optimizer = trainer.lifecycle.optimizer
@@ -141,7 +147,6 @@ def _train(config: RunConfig, id: str, task: Task, adapted: Adapted, accelerator
         ],
         "method": adapted.adapter.counters(),
     }
-    trainer.checkpoints.clear()
     wandb.finish(made)
     return made
 
@@ -170,10 +175,8 @@ def _score(config: RunConfig, task: Task, adapted: Adapted, accelerator: Acceler
     return {"metrics": metrics, "raw": raw}
 
 
-def _keep(config: RunConfig, id: str, adapted: Adapted) -> int:
-    """Bytes of the adapter as saved; the folder stays where results.keep_adapter asks for it."""
-    folder = Path(config.results.folder) / "adapters" / id
-    size = checkpoint.size(adapted.save(folder))
-    if not config.results.keep_adapter:
-        shutil.rmtree(folder)
-    return size
+def _keep(config: RunConfig, id: str, adapted: Adapted, place: Path) -> int:
+    """Bytes of the adapter as saved; it stays where results.keep_adapter asks for it, else it goes with the checkpoints."""
+    folder = Path(config.results.folder) / "adapters" / id if config.results.keep_adapter else place / "adapter"
+    files.tidy(folder.parent, f".{folder.name}-*")
+    return checkpoint.size(adapted.save(folder))

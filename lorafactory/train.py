@@ -20,7 +20,7 @@ from .errors import UserError
 from .evaluate import score, to_device
 from .optim import Lifecycle
 from .plan import Plan, mix
-from .resume import Checkpoints, Interrupt
+from .resume import Checkpoints, Interrupt, how_to_go_on
 
 log = logging.getLogger(__name__)
 WATCHED = 5  # optimiser steps within which a gradient must have reached every delta
@@ -65,6 +65,7 @@ class Trainer:
         self.optimizer = accelerator.prepare(self.lifecycle.optimizer)
         self.call: Any = torch.compile(adapted) if config.compile else adapted
         self.progress = Progress()
+        self.interrupt = Interrupt()
         if found is not None:
             self.progress = Progress(**self.checkpoints.restore(found, self.lifecycle.optimizer))
             self.lifecycle.index = self.progress.step
@@ -87,10 +88,10 @@ class Trainer:
     def train(self) -> Progress:
         """Raises Diverged, or KeyboardInterrupt after a last checkpoint."""
         self.adapted.train()
-        with checkpointing(self.adapted, self.config.gradient_checkpointing), Interrupt() as interrupt:
+        with checkpointing(self.adapted, self.config.gradient_checkpointing), self.interrupt:
             began = time.perf_counter() - self.progress.seconds
             while self.progress.step < self.plan.total and not self._enough():
-                row = self._step(self.progress.step)
+                row, stop = self._step(self.progress.step)
                 self.progress.step += 1
                 self.progress.seconds = time.perf_counter() - began
                 self._note(row)
@@ -98,9 +99,10 @@ class Trainer:
                     self._evaluate()
                     began = time.perf_counter() - self.progress.seconds  # the clock of training stands meanwhile
                 due = self.config.checkpoint_every and self.progress.step % self.config.checkpoint_every == 0
-                if due or interrupt.wanted:
+                if due or stop:
                     self.checkpoints.save(self.progress, self.lifecycle.optimizer)
-                interrupt.check(self.checkpoints.folder)
+                if stop:
+                    raise KeyboardInterrupt(how_to_go_on(self.checkpoints.folder))
         if self.config.keep == "best" and self.progress.best is not None:
             self.checkpoints.restore_best()
         self.adapted.end()
@@ -109,14 +111,16 @@ class Trainer:
     def _enough(self) -> bool:
         return bool(self.config.patience) and self.progress.worse_since() >= self.config.patience
 
-    def _step(self, step: int) -> dict[str, float]:
-        """One optimiser step. Losses are summed over examples or tokens and divided by how many there are in the whole
-        step, so micro-batches and processes give the gradient of the one big batch."""
+    def _step(self, step: int) -> tuple[dict[str, float], bool]:
+        """One optimiser step: its row of the curve, and whether to stop after it, the same in every process. Losses are
+        summed over examples or tokens and divided by how many there are in the whole step, so micro-batches and
+        processes give the gradient of the one big batch."""
         accelerator, adapter = self.accelerator, self.adapted.adapter
         batches = [to_device(self.task.training_batch([self.rows[i] for i in index]), accelerator.device)
                    for index in self._micro_batches(step)]  # fmt: skip
         sizes = [self.task.size(b) for b in batches]
-        units = float(self._sum(torch.tensor(float(sum(sizes)), device=accelerator.device)))
+        own = torch.tensor([float(sum(sizes)), float(self.interrupt.wanted)], device=accelerator.device)
+        units, stop = self._sum(own).tolist()
         total = torch.zeros((), device=accelerator.device)
         for k, (batch, size) in enumerate(zip(batches, sizes, strict=True)):
             torch.manual_seed(mix(self.seed, step, accelerator.process_index, k))
@@ -138,7 +142,7 @@ class Trainer:
         torch.manual_seed(mix(self.seed, step))  # what parts draw in their hooks is the same in every process
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return {"step": step + 1, "loss": value, "lr": self.config.lr * self.plan.rate(step)}
+        return {"step": step + 1, "loss": value, "lr": self.config.lr * self.plan.rate(step)}, bool(stop)
 
     def _micro_batches(self, step: int) -> list[list[int]]:
         """This process's rows of a step. Those of like length go together: less padding, the same sum."""

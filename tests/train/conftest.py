@@ -1,6 +1,13 @@
 import shutil
 
 import pytest
+from killing import Server
+
+
+@pytest.fixture(scope="session")
+def server():
+    with Server() as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Killed and started again, a run ends with the same bits; a torn checkpoint is named and passed over."""
+"""Killed at any moment and started again, a run ends with the same bits; a torn checkpoint is named and passed over."""
 
 import json
 import os
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from killing import draw
 from runs import TINY, command, environment, lorafactory, trainer
 
 from lorafactory import checkpoint, record
@@ -49,6 +50,46 @@ def test_killed_and_started_again_it_ends_with_the_same_bits(tmp_path, variant):
     assert again.returncode == 0, again.stderr
     assert numbers(undisturbed) == numbers(killed)
     assert not list(killed.glob("scratch/checkpoints/*/*"))
+
+
+# dropout, accumulation, evaluations that keep the best; one whose ranks change, composites with restarts and with ranks from data
+LIFE = ["run", *TINY, "train.steps=12", "train.batch_size=8", "train.micro_batch_size=3", "train.checkpoint_every=3",
+        "train.eval_every=4", "train.keep=best", "train.lr=1e-2", "results.keep_adapter=true", "variant.dropout=0.2",
+        "task.train_size=64", "task.selection_size=24", "task.test_size=24"]  # fmt: skip
+CHANGED = {
+    "adalora": lambda made: len({a["rank"] for a in made["adapted"]}) > 1,
+    "dora+pissa+relora": lambda made: made["optimizer"]["method"]["restarts"] > 1,
+    "dora+gelora": lambda made: len({a["rank"] for a in made["adapted"]}) > 1,
+}
+
+
+def left(results: Path) -> dict:
+    """What a run leaves that must be the same bits, its adapter included."""
+    (adapter,) = (results / "adapters").iterdir()
+    return numbers(results) | {"adapter": (adapter / "adapter.safetensors").read_bytes()}
+
+
+@pytest.mark.parametrize(
+    ("variant", "kills"),
+    [("adalora", 2), ("dora+pissa+relora", 1), *(pytest.param(v, 20, marks=pytest.mark.slow) for v in CHANGED)],
+)
+def test_killed_at_any_moment_it_ends_with_the_same_bits(tmp_path, server, variant, kills):
+    """Each kill leaves a results folder in which the same command is killed once more, and then ends."""
+    options = [*LIFE, f"variant={variant}"]
+    undisturbed = server.run([*options, f"results.folder={tmp_path / 'a'}"], traced=True)
+    assert undisturbed.status == 0, undisturbed.said
+    expected = left(tmp_path / "a")
+    assert CHANGED[variant](record.read(only_record(tmp_path / "a"))), "this run does not change what it says"
+    for k, moment in enumerate(draw(undisturbed.moments, kills, variant)):
+        again = [*options, f"results.folder={tmp_path / str(k)}"]
+        assert server.run(again, kill_at=moment).status == -signal.SIGKILL, moment
+        if k % 2:
+            server.run(again, kill_at=moment // 2)
+        ended = server.run(again)
+        assert ended.status == 0, (moment, ended.said)
+        assert left(tmp_path / str(k)) == expected, moment
+        files = {p.name for p in (tmp_path / str(k)).rglob("*") if p.is_file()}
+        assert len(files) == 4, (moment, files)  # record, predictions, the adapter's two: nothing half-written
 
 
 def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path):
