@@ -88,6 +88,18 @@ class Adapted(nn.Module):
             "total_parameters": sum(p.numel() for p in self.model.parameters()),
         }
 
+    def remember_base(self) -> str:
+        """The fingerprint of the base's own numbers, for save(); from now on they count as they are."""
+        self.__dict__["_base"] = self.base_fingerprint()
+        return self.__dict__["_base"]
+
+    def base_fingerprint(self) -> str:
+        """Of the base's numbers, what the adapter trains whole left out."""
+        from .fingerprint import of_model
+
+        heads = [k.replace("/", ".") for k in self.adapter.trained]
+        return self.__dict__.get("_base") or of_model(self.model, heads)
+
     # training
 
     def begin(self, batches: Any = None, loss: Any = None, mask: Any = None, index: int = 0) -> Adapted:

@@ -39,7 +39,7 @@ def save(adapted: Adapted, folder: Path, state: dict[str, Any] | None = None, op
         "lorafactory": __version__,
         "variant": adapted.variant,
         "config": asdict(adapted.adapter.config),
-        "base": fingerprint.of_model(adapted.model, _heads(adapted)),
+        "base": adapted.base_fingerprint(),
         "heads": _heads(adapted),
         "adapted": adapted.adapter.describe(),
         **adapted.cost(),

@@ -85,7 +85,7 @@ def _commands() -> dict[str, Callable[[list[str]], int]]:
         return call
 
     def completion(rest: list[str]) -> int:
-        from .launch import completion
+        from .completion import completion
 
         return completion(rest)
 

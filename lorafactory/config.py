@@ -25,7 +25,7 @@ class TrainConfig:
     once); steps, or where that is 0, epochs; warmup: share of the steps; clip: gradient norm (0: none); eval_every,
     checkpoint_every: in steps (0: never); patience: evaluations without a better selection score before stopping
     (0: never); keep: score the last step or the one with the best selection score; head_lr: of the trained head
-    (null: lr)."""
+    (null: lr); shard: fsdp2 spreads the base over the processes (null: each holds it whole)."""
 
     lr: float = 1e-3
     head_lr: Optional[float] = None  # noqa: UP045
@@ -47,6 +47,7 @@ class TrainConfig:
     patience: int = 0
     keep: str = "last"
     checkpoint_every: int = 0
+    shard: Optional[str] = None  # noqa: UP045
 
     def __post_init__(self) -> None:
         one_of = {
@@ -64,6 +65,10 @@ class TrainConfig:
         for key in ("steps", "micro_batch_size", "eval_every", "patience", "checkpoint_every", "clip", "weight_decay"):
             if getattr(self, key) < 0:
                 raise UserError(f"train.{key} is {getattr(self, key)}; it must not be negative")
+        if self.shard not in (None, "fsdp2"):
+            raise UserError(f"train.shard is {self.shard!r}; it takes fsdp2, or null for a whole base in each process")
+        if self.shard and self.compile:
+            raise UserError("train.shard and train.compile do not go together here: leave one out")
         if not 0 <= self.warmup < 1:
             raise UserError(f"train.warmup is {self.warmup}; it is a share of the steps, in [0, 1)")
         if (self.patience or self.keep == "best") and not self.eval_every:
@@ -137,12 +142,14 @@ def publish() -> None:
     for axis, group in groups.items():
         for n in registry.names(axis):
             _ = f"{n}.yaml" in group
-    OmegaConf.register_new_resolver("pick", _pick, replace=True)
 
 
 def _pick(key: str, table: Any, otherwise: Any = None) -> Any:
     """${pick:${hydra:runtime.choices.variant},{full:3e-4},3e-3}: a value of its own for some choices of a sweep."""
     return table.get(key, otherwise) if hasattr(table, "get") else otherwise
+
+
+OmegaConf.register_new_resolver("pick", _pick, replace=True)  # on import: in the processes of a launcher, too
 
 
 def load(cfg: Any) -> RunConfig:

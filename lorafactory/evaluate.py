@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from .attach import Adapted
+from .shard import is_sharded
 
 
 @torch.no_grad()
@@ -18,13 +20,18 @@ def predict(adapted: Adapted, task: Any, split: str, batch_size: int, accelerato
     adapted.eval()
     order = sorted(range(len(rows)), key=rows.lengths().__getitem__) if hasattr(rows, "lengths") else range(len(rows))
     mine = order[accelerator.process_index :: accelerator.num_processes]  # rows of like length share a batch: less padding
+    batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
     found: list[tuple[int, Any]] = []
-    for start in range(0, len(mine), batch_size):
-        index = mine[start : start + batch_size]
+    own, most = len(batches), math.ceil(math.ceil(len(order) / accelerator.num_processes) / batch_size)
+    if is_sharded(adapted.model):  # it runs as often in every process, or one would wait for ever
+        batches += [list(order[:1])] * (most - own)
+    for k, index in enumerate(batches):
         batch = to_device(task.collate([rows[i] for i in index]), accelerator.device)
         adapted.adapter.before_forward(batch)
         with accelerator.autocast():
-            found += zip(index, task.predict(adapted, batch), strict=True)
+            predicted = task.predict(adapted, batch)
+        if k < own:
+            found += zip(index, predicted, strict=True)
     adapted.train(mode)
     if accelerator.num_processes > 1:
         found = gather_object(found)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import sys
 import traceback
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -24,27 +26,34 @@ from . import paths, registry
 from .errors import UserError
 from .files import write_whole
 
-_ended: dict[str, Any] = {}  # of this process: the single run's outcome or error, or the sweep's summary
-SCRIPT = """_lorafactory() {
-  local IFS=$'\\n'
-  COMPREPLY=($(COMP_LINE="${COMP_LINE:0:$COMP_POINT}" lorafactory completion query 2>/dev/null))
-}
-complete -o nospace -o default -F _lorafactory lorafactory"""
+_ended: dict[str, Any] = {}  # of this process: the single run's outcome or error, or the sweep's folder
+WORST = -math.inf  # what a sweeper that searches hears of a run that failed or diverged
 
 
 def run(arguments: list[str]) -> int:
     """Exit status: 0; 1 where a run diverged or one of a sweep failed. Raises UserError for a mistake."""
     _ended.clear()
-    _hydra(arguments)
+    early = ""
+    try:
+        on_hydra(arguments)
+    except UserError:
+        raise
+    except Exception as e:
+        if "folder" not in _ended:
+            raise
+        said = " ".join(str(e).split())[-200:]
+        early = f"the launcher gave up, {type(e).__name__}: {said}; the same command makes the runs that are missing"
     if "error" in _ended:
         raise _ended["error"]
-    if "bad" in _ended:
-        return 1 if _ended["bad"] else 0
+    if "folder" in _ended:
+        return _summary(_ended["folder"], early)
     return 1 if _ended.get("status") == "diverged" else 0
 
 
-def _hydra(arguments: list[str]) -> None:
+def on_hydra(arguments: list[str]) -> None:
     configs.publish()
+    # the Optuna sweeper was written for an older Optuna: nothing that a user could act on
+    warnings.filterwarnings("ignore", category=FutureWarning, module="optuna|hydra_plugins")
     before, sys.argv = sys.argv, ["lorafactory", *_postponed(arguments)]
     full_error, os.environ["HYDRA_FULL_ERROR"] = os.environ.get("HYDRA_FULL_ERROR"), "1"  # errors come to us, unprinted
     try:
@@ -78,12 +87,13 @@ def _postponed(arguments: list[str]) -> list[str]:
 
 
 def _job(cfg: Any) -> float | None:
-    """One run, in whatever process Hydra's launcher chose. Returns what a sweeper maximises."""
+    """One run, in whatever process Hydra's launcher chose. Returns what a sweeper maximises: the score on selection."""
     job = HydraConfig.get()
     folder, sweep = Path(job.runtime.output_dir), job.mode == RunMode.MULTIRUN
-    show = print if os.environ.get("RANK", "0") == "0" else lambda *args, **kwargs: None  # torchrun: one process speaks
     overrides = [o for o in job.overrides.task if not o.startswith("results.folder=")]
     label = " ".join(overrides) or "defaults"
+    if sweep:
+        _outcome(folder, label, "lost", "its process ended without a word (killed, or out of memory?)", folder)
     try:
         from .run import run
 
@@ -95,8 +105,8 @@ def _job(cfg: Any) -> float | None:
         write_whole(folder / "traceback.txt", traceback.format_exc().encode())
         line = " ".join(str(e).split()) if isinstance(e, UserError) else f"{type(e).__name__}: {e}"
         _outcome(folder, label, "failed", line, folder / "traceback.txt")
-        show(f"failed    {label}: {line}", flush=True)
-        return None
+        show(f"failed    {label}: {line}")
+        return WORST
     metrics = made.record["metrics"]
     primary = metrics["primary"]
     score = metrics["test"].get(primary)
@@ -104,14 +114,21 @@ def _job(cfg: Any) -> float | None:
     status = made.record["status"] if made.status == "found" else made.status
     if sweep:
         _outcome(folder, label, made.status if status != "diverged" else status, made.record.get("reason", ""), made.path)
-        show(f"{made.status:9} {label}: {primary} {shown} ({made.record['cost']['seconds']:.1f} s)", flush=True)
+        show(f"{made.status:9} {label}: {primary} {shown} ({made.record['cost']['seconds']:.1f} s)")
     else:
         _ended["status"] = status
         if status == "diverged":
             show(f"diverged: {made.record['reason']}")
         show(f"{primary} on test: {shown}{' (found, not run again)' if made.status == 'found' else ''}")
         show(f"record: {made.path}")
-    return metrics["selection"].get(metrics.get("selects", primary))
+    score = metrics["selection"].get(metrics.get("selects", primary))
+    return WORST if score is None else score
+
+
+def show(*lines: str) -> None:
+    """Under torchrun one process speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(*lines, sep="\n", flush=True)
 
 
 def _outcome(folder: Path, label: str, status: str, reason: str, path: Path) -> None:
@@ -120,17 +137,26 @@ def _outcome(folder: Path, label: str, status: str, reason: str, path: Path) -> 
 
 
 class Summary(Callback):
-    """Hydra's callback: the last lines of a sweep. Outcomes are files, for a launcher may run jobs anywhere."""
+    """Hydra's callback: where the jobs of a sweep leave how they ended."""
 
-    def on_multirun_end(self, config: Any, **kwargs: Any) -> None:
-        folder = Path(config.hydra.sweep.dir)
-        found = sorted(folder.rglob("outcome.json"), key=lambda p: (len(p.parent.name), p.parent.name))
-        ends = [json.loads(p.read_text()) for p in found]
-        counts = Counter(e["status"] for e in ends)
-        print(f"{counts['ok']} ran, {counts['found']} found, {counts['failed']} failed, {counts['diverged']} diverged")
-        _ended["bad"] = [e for e in ends if e["status"] in ("failed", "diverged")]
-        for e in _ended["bad"]:
-            print(f"  {e['status']}: {e['label']}: {e['reason']} ({e['path']})")
+    def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
+        _ended["folder"] = Path(config.hydra.sweep.dir)
+        _ended["folder"].mkdir(parents=True, exist_ok=True)  # a sweeper may keep a file of its own in scratch
+
+
+def _summary(folder: Path, early: str) -> int:
+    """The last lines of a sweep, and its exit status. Outcomes are files, for a launcher may run jobs anywhere."""
+    found = sorted(folder.rglob("outcome.json"), key=lambda p: (len(p.parent.name), p.parent.name))
+    ends = [json.loads(p.read_text()) for p in found]
+    counts = Counter(e["status"] for e in ends)
+    lost = f", {counts['lost']} lost" if counts["lost"] else ""
+    bad = [e for e in ends if e["status"] not in ("ok", "found")]
+    show(
+        f"{counts['ok']} ran, {counts['found']} found, {counts['failed']} failed, {counts['diverged']} diverged{lost}",
+        *(f"  {e['status']}: {e['label']}: {e['reason']} ({e['path']})" for e in bad),
+        *([f"  {early}"] if early else []),
+    )
+    return 1 if bad or early else 0
 
 
 def _one_line(error: BaseException) -> str:
@@ -156,31 +182,3 @@ def _causes(error: BaseException) -> list[BaseException]:
         chain.append(at)
         at = at.__cause__ or at.__context__
     return chain
-
-
-def completion(arguments: list[str]) -> int:
-    """Print the completion script of a shell, or, called by it, the completions of COMP_LINE."""
-    if arguments == ["query"]:
-        return _complete(os.environ.get("COMP_LINE", ""))
-    scripts = {"bash": SCRIPT, "zsh": f"autoload -U +X bashcompinit && bashcompinit\n{SCRIPT}"}
-    if len(arguments) != 1 or arguments[0] not in scripts:
-        raise UserError(f"completion takes one shell, {' or '.join(scripts)}; not {' '.join(arguments) or 'nothing'!r}")
-    print(scripts[arguments[0]])
-    return 0
-
-
-def _complete(line: str) -> int:
-    words = line.split()
-    typed = "" if line.endswith(" ") or len(words) < 2 else words[-1]
-    if len(words) - bool(typed) < 2:
-        names: tuple[str, ...] = ("run", "variants", "show", "targets", "table", "completion")
-    elif words[1] == "run":
-        os.environ["COMP_LINE"] = "lorafactory " + line.partition("run")[2].lstrip()
-        _hydra(["--shell-completion", "query=bash"])
-        return 0
-    elif words[1] == "show":
-        names = tuple(registry.names())
-    else:
-        names = ()
-    print("\n".join(n for n in names if n.startswith(typed)))
-    return 0

@@ -113,6 +113,12 @@ def load(config: ModelConfig, task: Task) -> Loaded:
     return _loaded[key]
 
 
+def forget(loaded: Loaded) -> None:
+    """The next run loads it anew: this one cannot be given back as it was."""
+    for key in [k for k, kept in _loaded.items() if kept is loaded]:
+        del _loaded[key]
+
+
 def _load(config: ModelConfig, task: Task, head: dict[str, Any]) -> Loaded:
     import transformers
 

@@ -43,6 +43,7 @@ class Mount:
     def merge(self, dtype: torch.dtype | None, limit: float) -> dict[str, float]:
         """The share of each layer's update that the cast to its weights loses. Raises UserError above limit, before
         anything is written."""
+        self._refuse_shards("merge into")
         self._convert(dtype)
         errors = {n: d.error(holder.held(m).base) for n, m, d in self._named()}
         if over := {n: e for n, e in errors.items() if not e <= limit}:
@@ -66,6 +67,7 @@ class Mount:
 
     def release(self) -> nn.Module:
         """The base model; what is merged stays in it."""
+        self._refuse_shards("detach from")
         for m, _ in self.held:
             if "_held" in m.__dict__:  # else hold() did not get so far
                 holder.release(m)
@@ -76,6 +78,10 @@ class Mount:
         for m, mode in self._modes.items():
             m.training = mode
         return self.model
+
+    def _refuse_shards(self, what: str) -> None:
+        if type(self.model).__name__.startswith("FSDP"):  # by name: torch's FSDP2 is imported only where it is used
+            raise UserError(f"cannot {what} a base that is sharded over processes: save() the adapter, load it in one process")
 
     def _named(self) -> Iterator[tuple[str, nn.Module, Delta]]:
         names = {m: n for n, m in self.model.named_modules()}

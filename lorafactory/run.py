@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 
-from . import checkpoint, files, models, record, registry
+from . import checkpoint, files, models, record, registry, shard
 from .attach import Adapted, seeded
 from .config import RunConfig
 from .errors import UserError
@@ -52,6 +52,7 @@ def run(config: RunConfig, command: str = "") -> Outcome:
     }
     AcceleratorState._reset_state()  # a sweep may change the precision from run to run
     accelerator = Accelerator(mixed_precision=config.train.precision, cpu=not torch.cuda.is_available())
+    shard.refuse(config.train.shard, accelerator)
     main, results = accelerator.is_main_process, Path(config.results.folder)
     place = results / "scratch" / "checkpoints" / names["id"]
     with record.lock(record.path_of(results, **names)) if main else contextlib.nullcontext():
@@ -92,7 +93,7 @@ def _make(config: RunConfig, id: str, accelerator: Accelerator, place: Path) -> 
     loaded = models.load(config.model, task)
     loaded.redraw(mix(config.seed, 1))
     task.prepare(loaded.processor)
-    loaded.model.to(accelerator.device)
+    loaded.model.to("cpu" if config.train.shard else accelerator.device)  # to be sharded, it moves share by share
     about = {"data": task.describe(), "base": loaded.describe()}
     peak = Peak(accelerator.device)
     variant = config.variant
@@ -102,9 +103,13 @@ def _make(config: RunConfig, id: str, accelerator: Accelerator, place: Path) -> 
     try:
         found = _train(config, id, task, adapted, accelerator, place)
         found["cost"] |= {"peak_bytes": peak.read(), "seconds": time.perf_counter() - began}
+        about["base"] |= {"class": type(loaded.model).__name__, "process_bytes": shard.local_bytes(loaded.model)}
         return found | about
     finally:
-        adapted.detach()
+        if shard.is_sharded(loaded.model):
+            models.forget(loaded)
+        else:
+            adapted.detach()
 
 
 def _train(config: RunConfig, id: str, task: Task, adapted: Adapted, accelerator: Accelerator, place: Path) -> dict[str, Any]:

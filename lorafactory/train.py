@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from . import shard
 from .attach import Adapted
 from .config import TrainConfig
 from .errors import UserError
@@ -60,6 +61,8 @@ class Trainer:
         self.checkpoints = Checkpoints(folder, adapted, accelerator)
         found = self.checkpoints.newest()
         adapted.begin(self._first_batches, lambda model, batch: task.loss(model, batch) / task.size(batch))
+        if config.shard:
+            shard.shard(adapted, accelerator)
         self.lifecycle = Lifecycle(adapted.adapter, self._make, self.plan.total, head)
         self.lifecycle.clip = config.clip or None
         self.optimizer = accelerator.prepare(self.lifecycle.optimizer)
@@ -83,7 +86,7 @@ class Trainer:
         """What data-driven starts see: the run's own first training batches, each row once, the same in every process."""
         for step in range(min(count, self.plan.per_epoch)):
             batch = self.task.training_batch([self.rows[i] for i in self.plan.batch(step)])
-            yield to_device(batch, self.accelerator.device)
+            yield to_device(batch, self.adapted.device)  # the model's: one to be sharded has not moved yet
 
     def train(self) -> Progress:
         """Raises Diverged, or KeyboardInterrupt after a last checkpoint."""
@@ -119,6 +122,9 @@ class Trainer:
         batches = [to_device(self.task.training_batch([self.rows[i] for i in index]), accelerator.device)
                    for index in self._micro_batches(step)]  # fmt: skip
         sizes = [self.task.size(b) for b in batches]
+        for _ in range(self._fillers(step, len(batches))):
+            first = self.task.training_batch([self.rows[self.plan.batch(step)[0]]])
+            batches, sizes = [*batches, to_device(first, accelerator.device)], [*sizes, 0]
         own = torch.tensor([float(sum(sizes)), float(self.interrupt.wanted)], device=accelerator.device)
         units, stop = self._sum(own).tolist()
         total = torch.zeros((), device=accelerator.device)
@@ -126,7 +132,7 @@ class Trainer:
             torch.manual_seed(mix(self.seed, step, accelerator.process_index, k))
             adapter.before_forward(batch)
             with accelerator.autocast():
-                loss = self.task.loss(self.call, batch) / units
+                loss = self.task.loss(self.call, batch) * (size > 0) / units
                 penalty = self.adapted.penalty() if adapter.has_penalty else 0.0
             total += loss.detach()
             accelerator.backward(loss + penalty * (size / units))
@@ -151,6 +157,13 @@ class Trainer:
         if self.lengths and size < len(mine):
             mine.sort(key=self.lengths.__getitem__)
         return [mine[i : i + size] for i in range(0, len(mine), size)] if mine else []
+
+    def _fillers(self, step: int, own: int) -> int:
+        """Batches that count nothing: a sharded base runs as often in every process, or one would wait for ever."""
+        if not self.config.shard:
+            return 0
+        most = math.ceil(len(self.plan.batch(step)) / self.accelerator.num_processes)
+        return math.ceil(most / (self.config.micro_batch_size or most)) - own
 
     def _sum(self, value: torch.Tensor) -> torch.Tensor:
         return value if self.accelerator.num_processes == 1 else self.accelerator.reduce(value, "sum")
