@@ -10,7 +10,7 @@ from .adapter import Decomposition, Delta, Init, LowRank, Part, Structure
 from .attach import Adapted, attach
 from .checkpoint import load
 from .errors import UserError
-from .peft_folder import export_lora
+from .peft_folder import export_lora, export_peft
 from .registry import register
 from .version import __version__
 
@@ -28,6 +28,7 @@ __all__ = [
     "__version__",
     "attach",
     "export_lora",
+    "export_peft",
     "load",
     "register",
 ]

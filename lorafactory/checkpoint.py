@@ -63,13 +63,13 @@ def refuse_foreign(folder: Path, own: str) -> None:
 
 def load(model: nn.Module, folder: str | Path, check_base: bool = True) -> Adapted:
     """Attach what save() wrote to its base model. The base's own numbers are compared with those it was trained on
-    (check_base=False: not); no data-driven start runs again. A folder of PEFT's with a plain LoRA is read, too. Raises
-    UserError and leaves the model as it was."""
+    (check_base=False: not); no data-driven start runs again. A folder that PEFT saved is read, too, where its method
+    is one of ours. Raises UserError and leaves the model as it was."""
     folder = Path(folder)
     if (folder / "adapter_config.json").exists() and not (folder / "adapter.json").exists():
-        from .peft_folder import load_lora
+        from .peft_load import load_peft
 
-        return load_lora(model, folder)
+        return load_peft(model, folder)
     about = _about(folder)
     config = registry.from_dict(about["config"])
     config.trained_modules = about["heads"]

@@ -5,6 +5,7 @@ from .delta import Copy, Delta, Wrapper, exact, linear
 from .elastic import Elastic
 from .low_rank import LowRank
 from .part import Decomposition, Init, Part, Stage, Step, Structure
+from .peft import Peft
 from .site import Base, Site
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Init",
     "LowRank",
     "Part",
+    "Peft",
     "Site",
     "Stage",
     "Step",

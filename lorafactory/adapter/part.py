@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch.nn as nn
 from torch import Tensor
 
+from ..errors import UserError
+from ..registry import WRAPPING
 from .delta import Copy, Delta, Wrapper
+from .peft import Peft
 from .site import Site, is_linear
 
 if TYPE_CHECKING:
@@ -119,6 +122,22 @@ class Part(nn.Module):
     def counters(self) -> dict[str, float]:
         """Numbers that prove the method acted (ranks dropped, restarts, refreshes): they go into the record."""
         return {}
+
+    # in PEFT's words; reading mirrors writing: each part, the last one first, takes out what it would have added
+
+    def to_peft(self, out: Peft) -> None:
+        """Write what the part makes the adapter compute, on top of the parts before it. Raises UserError where PEFT has
+        no word for it; a part that only trains has nothing to say."""
+        if self.axis in ("structure", *WRAPPING):
+            raise UserError(f"PEFT has no {self.name}")
+
+    @classmethod
+    def from_peft(cls, saved: Peft) -> dict[str, Any] | None:
+        """The options under which this part is what PEFT saved, its fields taken out; None: it has no share in it."""
+        return None
+
+    def fill(self, saved: Peft) -> None:
+        """Copy its tensors out of `saved`, into modules of their shapes."""
 
 
 class Structure(Part):

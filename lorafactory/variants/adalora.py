@@ -3,8 +3,10 @@ from typing import Optional
 
 import torch
 import torch.nn as nn
+from torch.nn.functional import pad
 
 from ..adapter import Elastic, Part
+from ..adapter.peft import A, exactly
 from ..errors import UserError
 from ..registry import BudgetConfig, register
 
@@ -150,3 +152,44 @@ class AdaLoRA(Part):
 
     def counters(self):
         return {"ranks_kept": float(sum(s.mask.sum() for s in self.scores)), "target": float(self.target)}
+
+    def to_peft(self, out):
+        """W0 + alpha / (init_r + 1e-5) B diag(E) A, one init_r for all layers. Under DoRA, which PEFT's AdaLoRA refuses,
+        it stays the LoRA that it is."""
+        if out.fields.get("peft_type") != "LORA" or "use_dora" in out.fields:
+            return
+        rank = max(len(t[A]) for t in out.layers.values())
+        for site, low in self.adapter.low_ranks():
+            bare = low.A0 is None and low.A_past is None
+            b, a = (low.B, low.A) if bare else low.factors()
+            e = low.scale * low.gate if bare else a.new_ones(len(a))
+            e, more = e[:, None] * ((rank + 1e-5) / rank), rank - len(a)
+            a, b, e = pad(a, (0, 0, 0, more)), pad(b, (0, more)), pad(e, (0, 0, 0, more))
+            out.layers[site.name] = {"lora_A": a, "lora_B": b, "lora_E": e}
+        # total_step: PEFT wants one before it loads; who trains on gives the true one
+        out.fields |= {"peft_type": "ADALORA", "init_r": rank, "target_r": rank, "lora_alpha": rank, "total_step": 1}
+        out.alphas = {}
+
+    @classmethod
+    def from_peft(cls, saved):
+        """Turns it into a LoRA, for the structure to read, beside whose factors E waits for fill()."""
+        f = saved.fields
+        if f.get("peft_type") != "ADALORA":
+            return None
+        for name, t in list(saved.layers.items()):
+            a = t.get("lora_A")
+            if a is not None and not len(a):  # a layer whose budget is spent
+                del saved.layers[name]
+            else:
+                saved.layers[name] = {f"{n}.weight" if n != "lora_E" else n: v for n, v in t.items()}
+        scale = (f["lora_alpha"] if f["lora_alpha"] > 0 else f["init_r"]) / (f["init_r"] + 1e-5)
+        ranks = {n: len(t[A]) for n, t in saved.layers.items() if A in t}
+        target = min(f.get("target_r", 8), sum(ranks.values()) / max(1, len(ranks)))
+        saved.drop("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
+                   "use_rslora", "rank_pattern")  # fmt: skip
+        f |= {"peft_type": "LORA", "alpha_pattern": {exactly(n): scale * r for n, r in ranks.items()}}
+        return {"target": target}
+
+    def fill(self, saved):
+        for site, low in self.adapter.low_ranks():
+            saved.take(site.name, "lora_E", low.gate[:, None])

@@ -4,6 +4,7 @@ import torch
 import torch.nn as nn
 
 from ..adapter import Base, Decomposition, Delta, Site, Wrapper
+from ..errors import UserError
 from ..registry import DecompositionConfig, register
 
 
@@ -22,17 +23,20 @@ class DoRADelta(Wrapper):
         self.register_buffer("square", square, persistent=False)
         self.magnitude = nn.Parameter(torch.where(square > 0, square, 1.0).sqrt())
 
-    def norm(self, base: Base) -> torch.Tensor:
-        """c. With V = W0 + B A, without forming B A: c_i^2 = |W0_i|^2 + 2 <B_i, (W0 A^T)_i> + B_i A A^T B_i^T"""
+    def squares(self, base: Base) -> torch.Tensor:
+        """|V_i|^2 [d_out]. With V = W0 + B A, without forming B A: |W0_i|^2 + 2 <B_i, (W0 A^T)_i> + B_i A A^T B_i^T"""
         with torch.autocast(base.weight.device.type, enabled=False):
             factors = self.inner.factors()
             if factors is None:
-                square = self.inner.weight(base).to(self.magnitude.dtype).square().sum(1)
-            else:
-                b, a = factors
-                w = base.weight.to(a.dtype)
-                square = self.square + 2 * (b * (w @ a.T)).sum(1) + (b @ (a @ a.T) * b).sum(1)
-            return torch.where((self.square > 0) & (square > 0), square, 1.0).sqrt()
+                return self.inner.weight(base).to(self.magnitude.dtype).square().sum(1)
+            b, a = factors
+            w = base.weight.to(a.dtype)
+            return self.square + 2 * (b * (w @ a.T)).sum(1) + (b @ (a @ a.T) * b).sum(1)
+
+    def norm(self, base: Base) -> torch.Tensor:
+        """c."""
+        square = self.squares(base)
+        return torch.where((self.square > 0) & (square > 0), square, 1.0).sqrt()
 
     def gain(self, base: Base) -> torch.Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.constant):
@@ -82,3 +86,27 @@ class DoRA(Decomposition):
         if isinstance(delta, DoRADelta):
             delta.constant = self.config.detach_norm
         return delta
+
+    def to_peft(self, out):
+        if out.fields["peft_type"] != "LORA":
+            raise UserError(f"PEFT has {self.name} over a LoRA only")
+        out.fields["use_dora"] = True
+        for site, delta in self.adapter.inside(DoRADelta):
+            norm = delta.squares(site.base).clamp_min(0).sqrt()  # PEFT divides by it where W0's row is zero, too
+            if not norm.all():
+                raise UserError(f"PEFT's DoRA would divide by zero: {site.name} has rows of zeros")
+            m = torch.where(delta.square > 0, delta.magnitude, delta.magnitude * norm)
+            out.layers[site.name]["lora_magnitude_vector"] = m
+
+    @classmethod
+    def from_peft(cls, saved):
+        if not saved.fields.get("use_dora"):
+            return None
+        saved.drop("use_dora")
+        return {}
+
+    def fill(self, saved):
+        for site, delta in self.adapter.inside(DoRADelta):
+            saved.take(site.name, "lora_magnitude_vector", delta.magnitude)
+            norm = delta.squares(site.base).clamp_min(0).sqrt()
+            delta.magnitude.copy_(torch.where(delta.square > 0, delta.magnitude, delta.magnitude / norm))

@@ -1,3 +1,4 @@
+import re
 from dataclasses import dataclass, field
 from typing import Any, List, Optional  # noqa: UP035  OmegaConf
 
@@ -5,6 +6,7 @@ import torch
 import torch.nn as nn
 
 from ..adapter import Delta, Structure, linear
+from ..adapter.peft import exactly
 from ..errors import UserError
 from ..registry import StructureConfig, nearest, register
 from ..targets import matches
@@ -14,6 +16,7 @@ SECOND = (
     r"(.*\.)?(down_proj|fc2|fc_out|lin2|linear2|dense_4h_to_h|ffn_output|mlp\.(c_proj|Wo)|w2|"
     r"(?<!attention\.)(output\.dense|wo))"
 )
+VECTOR = "ia3_l"  # PEFT's name of l
 
 
 class Scaled(Delta):
@@ -91,3 +94,26 @@ class IA3(Structure):
 
     def build(self, site, make):
         return InputScaled(site, site.d_in) if site.name in self.second else OutputScaled(site, site.d_out)
+
+    def vectors(self):
+        """(layer, l as PEFT keeps it): [1, d_in] of an input, [d_out, 1] of an output."""
+        for site, d in self.adapter.inside(Scaled):
+            yield site.name, d.l[None] if isinstance(d, InputScaled) else d.l[:, None]
+
+    def to_peft(self, out):
+        # a regular expression: PEFT's list would also take names that only end in one of them
+        second = "|".join(re.escape(n) for n in sorted(self.second))
+        out.fields |= {"peft_type": "IA3", "feedforward_modules": second or []}
+        out.layers = {name: {VECTOR: v} for name, v in self.vectors()}
+
+    @classmethod
+    def from_peft(cls, saved):
+        if saved.fields.get("peft_type") != "IA3":
+            return None
+        saved.drop("peft_type", "feedforward_modules", "init_ia3_weights")
+        shapes = {n: t[VECTOR].shape for n, t in saved.layers.items() if VECTOR in t}
+        return {"feedforward_modules": [exactly(n) for n, (rows, columns) in shapes.items() if rows == 1 < columns]}
+
+    def fill(self, saved):
+        for name, v in self.vectors():
+            saved.take(name, VECTOR, v)

@@ -1,6 +1,10 @@
 from ..adapter import Delta, LowRank
+from ..adapter.peft import A, B, common
 from ..adapter.ranked import Ranked
+from ..errors import UserError
 from ..registry import register
+
+STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # of PEFT's: those that leave the base as it is
 
 
 class LoRADelta(Delta):
@@ -36,3 +40,32 @@ class LoRA(Ranked):
 
     def build(self, site, make):
         return LoRADelta(self.low_rank(site))
+
+    def to_peft(self, out):
+        out.fields |= {"peft_type": "LORA", "lora_dropout": self.config.dropout}
+        for site, low in self.adapter.low_ranks():
+            bare = low.gate is None and low.A0 is None and low.A_past is None
+            out.pair(site.name, *((low.B, low.A, float(low.scale)) if bare else low.factors()))
+
+    @classmethod
+    def from_peft(cls, saved):
+        f = saved.fields
+        if f.get("peft_type") != "LORA":
+            return None
+        if (start := f.get("init_lora_weights")) not in STARTS:
+            told = "changed the base: PEFT saves a plain LoRA with path_initial_model_for_weight_conversion"
+            raise UserError(f"init_lora_weights={start} {told}")
+        ranks = {n: len(t[A]) for n, t in saved.layers.items() if A in t}
+        if not ranks:
+            raise UserError("it has no lora_A")
+        rank, others = common(ranks)
+        alpha, alphas = common({n: float(saved.of_layer("lora_alpha", "alpha_pattern", n)) for n in ranks})
+        dropout = f.get("lora_dropout", 0.0)
+        saved.drop("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "lora_dropout", "init_lora_weights",
+                   "eva_config", "megatron_core", "qalora_group_size")  # fmt: skip
+        return {"rank": rank, "rank_pattern": others, "alpha": alpha, "alpha_pattern": alphas, "dropout": dropout}
+
+    def fill(self, saved):
+        for site, low in self.adapter.low_ranks():
+            saved.take(site.name, A, low.A)
+            saved.take(site.name, B, low.B)

@@ -18,3 +18,15 @@ class RSLoRA(Part):
     def attach(self):
         for _, low in self.adapter.low_ranks():
             low.scale.mul_(math.sqrt(low.rank))
+
+    def to_peft(self, out):
+        if out.alphas:  # PEFT divides them by sqrt(rank) then
+            out.fields["use_rslora"] = True
+            out.alphas = {n: alpha / math.sqrt(out.rank(n)) for n, alpha in out.alphas.items()}
+
+    @classmethod
+    def from_peft(cls, saved):
+        if saved.fields.get("peft_type") != "LORA" or not saved.fields.get("use_rslora"):
+            return None
+        saved.drop("use_rslora")
+        return {}

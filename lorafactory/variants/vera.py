@@ -6,8 +6,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ..adapter import Delta, Elastic, Structure, linear
+from ..adapter.peft import fit
 from ..errors import UserError
 from ..registry import StructureConfig, register
+
+SHARED = ("base_model.vera_A", "base_model.vera_B")  # PEFT's names of the bank
 
 
 def kaiming(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
@@ -137,6 +140,35 @@ class VeRA(Structure):
 
     def build(self, site, make):
         return VeRADelta(self.bank, site, self.config.d_initial, self.config.dropout)
+
+    def to_peft(self, out):
+        c, bank = self.config, self.bank
+        out.fields |= {"peft_type": "VERA", "r": len(bank.A), "projection_prng_key": bank.seed, "save_projection": True,
+                       "d_initial": c.d_initial, "vera_dropout": c.dropout}  # fmt: skip
+        for site, d in self.adapter.inside(VeRADelta):
+            out.layers[site.name] = {"vera_lambda_b": d.b, "vera_lambda_d": d.d}
+        out.shared = {SHARED[0]: bank.A, SHARED[1]: bank.B}
+
+    @classmethod
+    def from_peft(cls, saved):
+        if saved.fields.get("peft_type") != "VERA":
+            return None
+        names = {"rank": "r", "d_initial": "d_initial", "dropout": "vera_dropout"}
+        names |= {"bank_seed": "projection_prng_key", "save_bank": "save_projection"}
+        options = {ours: saved.fields[theirs] for ours, theirs in names.items() if theirs in saved.fields}
+        saved.drop("peft_type", "init_weights", *names.values())
+        return options
+
+    def fill(self, saved):
+        for site, d in self.adapter.inside(VeRADelta):
+            saved.take(site.name, "vera_lambda_b", d.b)
+            saved.take(site.name, "vera_lambda_d", d.d)
+        if self.config.save_bank:
+            for name, mine in zip(SHARED, (self.bank.A, self.bank.B), strict=True):
+                if name not in saved.shared:
+                    raise UserError(f"it lacks {name}")
+                fit(name, saved.shared.pop(name), mine)
+            self.bank.checksum = checksum(self.bank.A, self.bank.B).to(self.bank.A.device)
 
     def complaints(self, state):
         rank = len(state["structure.bank.checksum"])
