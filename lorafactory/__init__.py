@@ -10,6 +10,7 @@ from .adapter import Decomposition, Delta, Init, LowRank, Part, Structure
 from .attach import Adapted, attach
 from .checkpoint import load
 from .errors import UserError
+from .merged import export_merged
 from .peft_folder import export_lora, export_peft
 from .registry import register
 from .version import __version__
@@ -28,6 +29,7 @@ __all__ = [
     "__version__",
     "attach",
     "export_lora",
+    "export_merged",
     "export_peft",
     "load",
     "register",

@@ -41,6 +41,7 @@ def save(adapted: Adapted, folder: Path, state: dict[str, Any] | None = None, op
         "config": asdict(adapted.adapter.config),
         "base": adapted.base_fingerprint(),
         "heads": _heads(adapted),
+        "model": _model(adapted),
         "adapted": adapted.adapter.describe(),
         **adapted.cost(),
     }
@@ -139,6 +140,19 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def size(folder: Path) -> int:
     """Bytes of an adapter on disk."""
     return sum((folder / n).stat().st_size for n in ("adapter.json", "adapter.safetensors"))
+
+
+def _model(adapted: Adapted) -> dict[str, Any]:
+    """What loads a transformers base again: its class, where it came from, its dtype, the class names of a trained head."""
+    config = getattr(adapted.model, "config", None)
+    labels = getattr(config, "id2label", None) if len(adapted.adapter.trained) else None
+    dtype = next((p.dtype for p in adapted.model.parameters() if p.is_floating_point()), None)
+    return {
+        "class": type(adapted.model).__name__,
+        "source": getattr(config, "_name_or_path", None) or None,
+        "dtype": str(dtype).removeprefix("torch."),
+        "labels": [labels[i] for i in sorted(labels)] if labels else None,
+    }
 
 
 def _heads(adapted: Adapted) -> list[str]:

@@ -18,7 +18,7 @@ HELP = f"""lorafactory {__version__}: compare LoRA variants and believe the answ
   lorafactory show NAME [--model M]   a variant's equation, options and cost
   lorafactory targets MODEL           what of a model can be adapted
   lorafactory table SPEC              a table from records alone
-  lorafactory export RECORD --format peft|merged --out DIR   what a run kept, for PEFT or plain transformers
+  lorafactory export RECORD|FOLDER --format peft|lora|merged --out DIR   an adapter for PEFT or plain transformers
   lorafactory completion bash|zsh|fish   a script for tab completion: eval "$(lorafactory completion bash)"
 
 `lorafactory run --help` shows models, tasks and options; `lorafactory run --cfg job` the composed config.
@@ -55,15 +55,15 @@ def _dispatch(arguments: list[str]) -> int:
     if command == "--version":
         print(__version__)
         return 0
-    found = _commands().get(command)
+    found = commands().get(command)
     if found is None:
         from .registry import nearest
 
-        raise UserError(f"no command {command!r}; {nearest(command, _commands())}")
+        raise UserError(f"no command {command!r}; {nearest(command, commands())}")
     return found(rest)
 
 
-def _commands() -> dict[str, Callable[[list[str]], int]]:
+def commands() -> dict[str, Callable[[list[str]], int]]:
     """Each imports what it needs: `lorafactory --help` is not to wait for torch."""
 
     def run(rest: list[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 from . import registry
 from .errors import UserError
@@ -27,16 +28,18 @@ def completion(arguments: list[str]) -> int:
 
 
 def _complete(line: str) -> int:
+    from .cli import commands  # which imports this module
+
     words = line.split()
     typed = "" if line.endswith(" ") or len(words) < 2 else words[-1]
     if len(words) - bool(typed) < 2:
-        names: tuple[str, ...] = ("run", "variants", "show", "targets", "table", "completion")
+        names: Iterable[str] = commands()
     elif words[1] == "run":
         os.environ["COMP_LINE"] = "lorafactory " + line.partition("run")[2].lstrip()
         on_hydra(["--shell-completion", "query=bash"])
         return 0
     elif words[1] == "show":
-        names = tuple(registry.names())
+        names = registry.names()
     else:
         names = ()
     print("\n".join(n for n in names if n.startswith(typed)))

@@ -135,8 +135,9 @@ def test_variants_show_and_targets(capsys):
 
 @pytest.mark.parametrize(
     ("line", "expected"),
-    [("lorafactory ru", "run"), ("lorafactory run variant=dor", "variant=dora"), ("lorafactory run train.l", "train.lr="),
-     ("lorafactory run variant/init=pi", "variant/init=pissa"), ("lorafactory show pis", "pissa")],
+    [("lorafactory ru", "run"), ("lorafactory ex", "export"), ("lorafactory run variant=dor", "variant=dora"),
+     ("lorafactory run train.l", "train.lr="), ("lorafactory run variant/init=pi", "variant/init=pissa"),
+     ("lorafactory show pis", "pissa")],
 )  # fmt: skip
 def test_tab_completes(line, expected):
     assert expected in lorafactory("completion", "query", COMP_LINE=line).stdout.split()
