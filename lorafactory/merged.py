@@ -13,6 +13,7 @@ import torch
 from .attach import Adapted
 from .checkpoint import refuse_foreign, write_folder
 from .errors import UserError
+from .sources import quiet
 
 LIMIT = 0.1  # of a layer's update, as merge() has it
 
@@ -44,7 +45,7 @@ def export_merged(
                 f"rounding to {narrow} would lose {errors[worst]:.0%} of the update of {worst}: "
                 f"dtype float32 keeps it, dtype {narrow} accepts the loss"
             )
-        with _config_as_it_is(model.config):
+        with _config_as_it_is(model.config), quiet():
             plain = [p for p in (model, processor) if p is not None]
             write_folder(folder, lambda where: [p.save_pretrained(where) for p in plain])
     finally:

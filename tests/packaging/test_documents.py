@@ -40,7 +40,7 @@ def test_a_run_that_is_shown_composes(line):
 
 def test_every_command_that_is_shown_exists():
     shown = {re.split(r"[ |]", c)[0] for c in SHOWN}
-    assert {"run", "variants", "show", "targets", "table"} <= shown <= set(cli._commands())
+    assert {"run", "variants", "show", "targets", "table"} <= shown <= set(cli.commands())
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
