@@ -1,7 +1,7 @@
 """Save and load an adapter: safetensors plus JSON, written whole or not at all, loaded strictly.
 
-A folder holds adapter.safetensors, adapter.json (variant, config, base fingerprint, what was adapted) and, for a run
-that goes on, optimizer.safetensors and state.json."""
+A folder holds adapter.safetensors, adapter.json (variant, config, base fingerprint, what was adapted), base.json (where the
+base was on this machine) and, for a run that goes on, optimizer.safetensors and state.json."""
 
 from __future__ import annotations
 
@@ -41,12 +41,11 @@ def save(adapted: Adapted, folder: Path, state: dict[str, Any] | None = None, op
         "config": asdict(adapted.adapter.config),
         "base": adapted.base_fingerprint(),
         "heads": _heads(adapted),
-        "model": _model(adapted),
         "adapted": adapted.adapter.describe(),
         **adapted.cost(),
     }
     tensors, about["aliases"] = _unshared(adapted.adapter.state_dict())
-    texts, files = {"adapter.json": about}, {"adapter.safetensors": tensors}
+    texts, files = {"adapter.json": about, "base.json": _model(adapted)}, {"adapter.safetensors": tensors}
     if state is not None:
         flat, plain = _flatten(optimizer.state_dict())
         texts["state.json"], files["optimizer.safetensors"] = {**state, "optimizer": plain}, flat

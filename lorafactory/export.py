@@ -80,9 +80,11 @@ def trained(path: Path) -> tuple[Adapted, Any]:
 
 def saved(folder: Path, source: str | None) -> tuple[Adapted, Any]:
     """What a folder holds, on its base, and the base's processor or None. Raises UserError where the base is not known."""
-    theirs = (folder / CONFIG).exists() and not (folder / "adapter.json").exists()
-    about = read_json(folder / (CONFIG if theirs else "adapter.json"))
-    noted = {"source": about.get("base_model_name_or_path")} if theirs else about.get("model", {})
+    if (folder / "base.json").exists():
+        noted = read_json(folder / "base.json")
+    else:  # PEFT's, or an older one of ours
+        file = CONFIG if (folder / CONFIG).exists() else "adapter.json"
+        noted = {"source": read_json(folder / file).get("base_model_name_or_path")}
     source = source or noted.get("source")
     if not source:
         raise UserError(f"{folder} does not say where its base model came from: give --model, a hub id or {models.LAYOUT}")

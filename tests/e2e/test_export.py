@@ -90,7 +90,7 @@ def test_peft_and_lora_are_folders_that_peft_loads(arguments, told, path, export
 def test_a_folder_that_save_wrote_or_peft(export, tmp_path):
     """On the base that it notes or that --model names, in its dtype, with the head's class names; and from PEFT's folder."""
     peft = pytest.importorskip("peft")
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     names = {0: "no", 1: "yes", 2: "maybe"}
     base = AutoModelForSequenceClassification.from_pretrained(tiny.folder(), id2label=names, dtype=torch.bfloat16).eval()
@@ -105,6 +105,7 @@ def test_a_folder_that_save_wrote_or_peft(export, tmp_path):
     plain = adapted.detach()
     assert not close(plain(ids).logits, y)
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged", dtype="auto").eval()
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").pad_token
     assert merged.dtype == torch.bfloat16 and merged.config.id2label == names and close(merged(ids).logits, y)
     for format in ("peft", "lora"):
         assert close(peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / format).eval()(ids).logits, y)
@@ -119,8 +120,7 @@ def test_mistakes_are_one_line_and_write_nothing(path, export, tmp_path):
     (kept,) = (path.parents[3] / "adapters").iterdir()
     unnamed, out = tmp_path / "unnamed", tmp_path / "o"
     shutil.copytree(kept, unnamed)
-    about = json.loads((unnamed / "adapter.json").read_text())
-    (unnamed / "adapter.json").write_text(json.dumps(about | {"model": about["model"] | {"source": None}}))
+    (unnamed / "base.json").unlink()
     for arguments, told in (
         ((path, "--format", "lora"), "not exactly low-rank: give rank="),
         ((path, "--format", "merged", "--rank", 2), "--rank 2 has no effect"),
