@@ -19,7 +19,7 @@ HELP = f"""lorafactory {__version__}: compare LoRA variants and believe the answ
   lorafactory targets MODEL           what of a model can be adapted
   lorafactory table SPEC              a table from records alone
   lorafactory export RECORD|FOLDER --format peft|lora|merged --out DIR   an adapter for PEFT or plain transformers
-  lorafactory completion bash|zsh         a script for tab completion: eval "$(lorafactory completion bash)"
+  lorafactory completion bash|zsh        a script for tab completion: eval "$(lorafactory completion bash)"
 
 `lorafactory run --help` shows models, tasks and options; `lorafactory run --cfg job` the composed config.
 Exit status: 0, 1 a run failed or diverged, 2 a mistake in the command, 130 stopped by Ctrl-C.

@@ -1,6 +1,6 @@
 """Runs Python programs that a model wrote, and says of each whether it ran to its end.
 
-Each program has a process of its own (jail/launcher.py) in new namespaces of processes, network, mounts, shared objects
+Each program has a process of its own (jail/__main__.py) in new namespaces of processes, network, mounts, shared objects
 and users, as a user without rights. It sees /tmp, which is empty, its own and limited in size, and, read-only, the
 interpreter and the system's libraries: none of the caller's files, no installed packages of the caller's environment, no
 /proc, no network, no environment, an empty stdin; its output is thrown away. When it ends or its time is over, all that
@@ -35,7 +35,7 @@ from threading import Event
 
 from ..errors import UserError
 
-LAUNCHER = Path(__file__).with_name("jail") / "launcher.py"
+JAIL = Path(__file__).with_name("jail")
 PROBE = """
 import os, random, signal, socket
 
@@ -123,13 +123,14 @@ def _run(programs: Sequence[str], limits: Limits, workers: int) -> list[Verdict]
 
 def _one(program: str, limits: Limits, running: set[subprocess.Popen[bytes]], stopped: Event) -> Verdict:
     order = json.dumps({"program": program, **asdict(limits)}).encode() + b"\n"
-    command = [sys.executable, "-s", "-S", str(LAUNCHER), str(os.getpid())]  # the number says whose it is, to `ps`
+    command = [sys.executable, "-s", "-S", "-m", JAIL.name, str(os.getpid())]  # the number says whose it is, to `ps`
     with subprocess.Popen(
         command,
         bufsize=0,
         stdin=subprocess.PIPE,  # stays open: its end tells the launcher that the caller is gone
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        cwd=JAIL.parent,
         env={"PYTHONHASHSEED": "0"},
         start_new_session=True,
     ) as launcher:

@@ -1,5 +1,7 @@
 """Metrics against scikit-learn's, and what happens where they have no value (B58)."""
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 from samples import refused
@@ -85,3 +87,27 @@ def test_correlations_are_scipys_and_undefined_where_constant():
     pytest.importorskip("evaluate", reason="needs evaluate")
     ours = metrics.as_evaluate("pearson").compute(predictions=predicted.tolist(), references=true.tolist())
     assert ours == {"pearson": pytest.approx(found["pearson"])}
+
+
+def test_pass_at_k_on_hand_numbers():
+    assert metrics.pass_at_k(5, 2, 1) == 2 / 5
+    assert metrics.pass_at_k(5, 2, 2) == 1 - 3 / 10  # of 10 pairs 3 hold none of the two
+    assert metrics.pass_at_k(5, 2, 4) == 1  # only three are wrong
+    assert metrics.pass_at_k(1, 0, 1) == 0 and metrics.pass_at_k(1, 1, 1) == 1
+    assert metrics.pass_at_k(200, 1, 100) == 0.5  # numbers of 59 digits
+    assert metrics.pass_at_k(10**5, 1, 1) == 1e-5
+
+
+def test_pass_at_k_is_the_share_of_draws_that_hold_a_correct_one():
+    for n in range(1, 8):
+        for correct in range(n + 1):
+            for k in range(1, n + 1):
+                hits = [min(draw) < correct for draw in combinations(range(n), k)]
+                assert metrics.pass_at_k(n, correct, k) == pytest.approx(np.mean(hits), abs=1e-15)
+
+
+def test_pass_at_k_needs_k_samples():
+    refused(lambda: metrics.pass_at_k(5, 2, 6), "pass@6", "5 programs", "sample at least 6")
+    refused(lambda: metrics.pass_at_k(5, 2, 0), "pass@0")
+    with pytest.raises(ValueError, match="6 of 5"):
+        metrics.pass_at_k(5, 6, 1)

@@ -1,4 +1,4 @@
-"""sandbox.py's launcher: a script that a fresh interpreter runs, once a program. It knows nothing of lorafactory.
+"""sandbox.py's launcher: what a fresh interpreter runs, once a program. It knows nothing of lorafactory.
 
     caller ── launcher ─┬─ init, pid 1 of the new namespaces ── the program, pid 2 ── whatever that starts
                         └─ ends init in time, which ends all that came after it
@@ -22,9 +22,9 @@ import sys
 import types
 from typing import Any, NoReturn
 
-import walls
+from . import walls
 
-sys.path.pop(0)  # this folder is not the program's
+sys.path.pop(0)  # the folder that this package lies in is not the program's
 
 FIRST_USER = 1_900_000_000  # real root becomes this user plus its process number: nobody's, and a count of its own
 SETUP_SECONDS = 60.0

@@ -1,0 +1,1 @@
+"""sandbox.py's launcher, a program of its own: see __main__.py."""
