@@ -38,7 +38,7 @@ class ModelConfig:
     """source: hub id, folder, package:<name>/<folder>, either with a .gguf file behind it, or one of BUILT. revision:
     the hub's. attention: transformers' attn_implementation. head: what to do with a head that the checkpoint was
     trained with: `auto` takes it if its class names are the task's, in any order; `keep` takes it by position; `new`
-    draws another. pad_token: for tokenizers without one."""
+    draws another. pad_token: for tokenizers without one (null: their end token)."""
 
     name: str = ""
     source: str = ""
@@ -57,13 +57,14 @@ class ModelConfig:
 @dataclass
 class Loaded:
     """model: the base in eval mode on the CPU, head included. processor: its tokenizer or image processor. fresh:
-    parameters that the checkpoint did not hold. head: how the head came to be."""
+    parameters that the checkpoint did not hold. head: how the head came to be. padding: what is to be known of it."""
 
     config: ModelConfig
     model: Any
     processor: Any
     fresh: list[str] = field(default_factory=list)
     head: str = "none"
+    padding: str = ""
 
     def redraw(self, seed: int) -> None:
         """Draw the fresh parameters anew by the model's own rule, on the CPU; the same seed gives the same numbers."""
@@ -90,6 +91,7 @@ class Loaded:
         about = {"source": c.source, "revision": revision, "dtype": c.dtype}
         if hasattr(self.processor, "to_json_string"):  # an image processor: how it resizes is part of the base
             about["processor"] = {"class": type(self.processor).__name__, **json.loads(self.processor.to_json_string())}
+        about |= {"padding": self.padding} if self.padding else {}
         return about | {"fingerprint": self.fingerprint, "head": self.head}
 
 
@@ -207,8 +209,12 @@ def _fit_tokenizer(loaded: Loaded) -> None:
         if wanted not in processor.get_vocab():
             raise UserError(f"model.pad_token={wanted!r} is not in the vocabulary of {loaded.config.source}")
         processor.pad_token = wanted
-    if processor.pad_token_id is not None:
-        config.pad_token_id = processor.pad_token_id  # a decoder's classifier finds the last token by it
+    if processor.pad_token_id is None:
+        processor.pad_token = processor.eos_token or processor.unk_token  # masked wherever it pads
+        if processor.pad_token_id is None:
+            raise UserError(f"the tokenizer of {loaded.config.source} has no token to pad with: name one as model.pad_token")
+        loaded.padding = f"{processor.pad_token}, for the tokenizer has no token of its own to pad with"
+    config.pad_token_id = processor.pad_token_id  # a decoder's classifier finds the last token by it
     # most classifiers read the first token, or find the last one; these read the last position whatever stands there
     processor.padding_side = "left" if getattr(config, "summary_type", None) == "last" else "right"
     processor.model_max_length = min(processor.model_max_length, _positions(loaded.model))

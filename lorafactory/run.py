@@ -19,11 +19,12 @@ from .attach import Adapted, seeded
 from .config import RunConfig
 from .errors import UserError
 from .evaluate import score
-from .memory import Peak
+from .memory import Peak, exhausted
 from .plan import mix
 from .resume import how_to_go_on
 from .sinks import Progress as Bar
 from .sinks import Wandb
+from .sources import short
 from .tasks import Task, get_task
 from .train import Diverged, Trainer
 
@@ -75,6 +76,8 @@ def run(config: RunConfig, command: str = "") -> Outcome:
             failed = made | {"status": "failed", "reason": f"{type(e).__name__}: {e}"}
             if main:
                 record.write(record.path_of(results, **names, scratch=True), failed)
+            if exhausted(e):
+                raise UserError(f"{accelerator.device} has no memory left: {_lower(config)} ({short(str(e))})") from e
             raise
         path = record.path_of(results, **names, scratch=record.is_scratch(made))
         predictions = made.pop("raw")
@@ -154,6 +157,15 @@ def _train(config: RunConfig, id: str, task: Task, adapted: Adapted, accelerator
     }
     wandb.finish(made)
     return made
+
+
+def _lower(config: RunConfig) -> str:
+    """What would take less memory, the values as they are."""
+    t = config.train
+    rows = t.micro_batch_size or t.batch_size
+    said = f"lower train.micro_batch_size (now {rows} rows at once, of train.batch_size={t.batch_size}; the result is the same)"
+    said += f" or train.eval_batch_size={t.eval_batch_size}"
+    return said if t.gradient_checkpointing else said + ", or set train.gradient_checkpointing=true"
 
 
 def _judged(task: Task) -> dict[str, Any]:

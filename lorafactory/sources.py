@@ -89,13 +89,15 @@ def reading(source: str, option: str, layout: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as e:  # a loader raises whatever its file format does; --debug shows the chain
-        why = " ".join(str(e).split()) or type(e).__name__
-        raise UserError(f"cannot load {option}={source}: {_short(why)} Give a hub id, or {layout}") from e
+        why = str(e) or type(e).__name__
+        raise UserError(f"cannot load {option}={source}: {short(why)} Give a hub id, or {layout}") from e
     finally:
         constants.HF_HUB_OFFLINE = offline
 
 
-def _short(text: str, most: int = 200) -> str:
+def short(text: str, most: int = 200) -> str:
+    """The beginning of another's message, in one line."""
+    text = " ".join(text.split())
     return (text if len(text) <= most else text[:most] + " …").rstrip(". ") + "."
 
 

@@ -134,8 +134,6 @@ class Generation(Task):
         if c.max_length > processor.model_max_length:
             raise UserError(f"task.max_length={c.max_length}: this model takes at most {processor.model_max_length} tokens")
         self.wording = Wording(processor, c.chat, c.system)
-        if processor.pad_token_id is None:
-            processor.pad_token = processor.eos_token  # masked wherever it stands, so any token will do
         key = tokens.key(processor, self.fingerprint, c.max_length, self.wording.describe())
         found = tokens.cached(key, self._tokenise)
         self.splits, self.cut = {}, {}
@@ -231,6 +229,5 @@ class Generation(Task):
             "duplicates": overlaps({s: [p.prompt for p in rows] for s, rows in self.pairs.items()}),
             "cut": self.cut,
             "left_out": self.left_out,
-            "padding": self.processor.pad_token,
             **self.wording.describe(),
         }

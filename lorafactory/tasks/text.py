@@ -47,11 +47,6 @@ class Text(Classification):
         shortest = 1 + processor.num_special_tokens_to_add(pair=len(self.config.text) == 2)
         if not shortest <= longest <= limit:
             raise UserError(f"task.max_length={longest}: this model takes {shortest} to {limit} tokens")
-        if processor.pad_token_id is None:
-            raise UserError(
-                "this tokenizer has no padding token, without which rows of different length cannot share a batch: "
-                f"name one of its tokens, as model.pad_token='{processor.eos_token or processor.unk_token}'"
-            )
         self.processor = processor
         key = tokens.key(processor, self.fingerprint, longest)
         found = tokens.cached(key, lambda: tokens.tokenise(processor, self.texts, longest))

@@ -129,14 +129,19 @@ def gpt2(folder):
     return source
 
 
-def test_a_tokenizer_without_padding_is_refused_until_a_token_is_named(toy, tmp_path):
+def test_a_tokenizer_without_padding_pads_with_its_end_token_and_says_so(toy, tmp_path):
     source = gpt2(tmp_path)
-    refused(lambda: toy.prepare(models.load(tiny_config(source=source), toy).processor), "model.pad_token")
+    base = models.load(tiny_config(source=source), toy)
+    assert base.processor.pad_token == "[UNK]" and base.describe()["padding"].startswith("[UNK], ")
+    assert base.model.config.pad_token_id == base.processor.pad_token_id
+    assert "padding" not in models.load(tiny_config(), toy).describe()
+    assert "padding" not in models.load(tiny_config(source=source, pad_token="[SEP]"), toy).describe()
     refused(lambda: models.load(tiny_config(source=source, pad_token="<none>"), toy), "<none>", "vocabulary")
 
 
-def test_a_decoder_reads_the_last_real_token_in_any_batch(toy, tmp_path):
-    base = models.load(tiny_config(source=gpt2(tmp_path), pad_token="[SEP]"), toy)
+@pytest.mark.parametrize("named", ["[SEP]", None])
+def test_a_decoder_reads_the_last_real_token_in_any_batch(toy, tmp_path, named):
+    base = models.load(tiny_config(source=gpt2(tmp_path), pad_token=named), toy)
     base.redraw(0)
     toy.prepare(base.processor)
     end = base.processor.pad_token_id
