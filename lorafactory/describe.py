@@ -107,10 +107,16 @@ def base_model(name: str) -> Any:
     options: Any = OmegaConf.to_container(OmegaConf.load(preset)) if preset.exists() else {"name": "given", "source": name}
     options.pop("defaults", None)
     config = registry.fill(ModelConfig, options, f"model {name!r}")
-    cls = get_task("toy")
-    task = cls(cls.Config(kind="toy", name="toy"))
-    task.load()
-    return load(config, task).model
+    refusals = []
+    for kind in ("toy", "image"):  # who reads text, and who reads pictures
+        cls: Any = get_task(kind)
+        task = cls(cls.Config(kind=kind, name=kind))
+        task.labels = ["one", "other"]
+        try:
+            return load(config, task).model
+        except UserError as e:
+            refusals.append(e)
+    raise refusals[0]
 
 
 def _indent(text: str) -> str:

@@ -211,3 +211,12 @@ def test_real_cifar10(data, tmp_path, vit):
     base = models.load(vit, task)
     task.prepare(base.processor)
     assert len(task.predict(base.model, task.collate(task.splits["test"][:5]))) == 5
+
+
+def test_targets_and_show_read_an_image_model(vit):
+    from lorafactory import describe
+
+    found = {r["role"]: r for r in describe.linear_layers(describe.base_model(vit.source))}
+    assert found["vit.layers.*.attention.q_proj"]["count"] == 2
+    assert found["classifier"]["d_out"] == 2 and "head" in found["classifier"]["note"]
+    refused(lambda: describe.base_model("no/such"), "no/such", "config.json")
