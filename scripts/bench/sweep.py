@@ -31,7 +31,7 @@ def seconds(*command: str) -> float:
     began = time.perf_counter()
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"{' '.join(command)} failed: {done.stderr.strip()[-300:]}")
+        raise UserError(f"{' '.join(command)} failed: {done.stderr.strip().splitlines()[-1]}")
     return time.perf_counter() - began
 
 

@@ -34,5 +34,5 @@ def test_runs_in_processes_of_their_own_are_summed(monkeypatch):
 
 
 def test_a_script_that_fails_is_named():
-    with pytest.raises(UserError, match="failed: .*no/such/model"):
-        sweep.seconds(str(sweep.HERE / "_plain.py"), "./no/such/model", str(sweep.HERE), "1", "0")
+    with pytest.raises(UserError, match="-c raise SystemExit.* failed: why"):
+        sweep.seconds("-c", "raise SystemExit('noise\\nwhy')")
