@@ -88,10 +88,9 @@ class Adapted(nn.Module):
             "total_parameters": sum(p.numel() for p in self.model.parameters()),
         }
 
-    def remember_base(self) -> str:
-        """The fingerprint of the base's own numbers, for save(); from now on they count as they are."""
+    def remember_base(self) -> None:
+        """Take the base's fingerprint now, once for every save() to come: nobody changes a base while it trains."""
         self.__dict__["_base"] = self.base_fingerprint()
-        return self.__dict__["_base"]
 
     def base_fingerprint(self) -> str:
         """Of the base's numbers, what the adapter trains whole left out."""

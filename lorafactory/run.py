@@ -51,9 +51,10 @@ def run(config: RunConfig, command: str = "") -> Outcome:
         "seed": config.seed,
         "id": record.run_id(settings),
     }
+    shard.refuse_plugins()
     AcceleratorState._reset_state()  # a sweep may change the precision from run to run
     accelerator = Accelerator(mixed_precision=config.train.precision, cpu=not torch.cuda.is_available())
-    shard.refuse(config.train.shard, accelerator)
+    shard.refuse_one(config.train.shard, accelerator)
     main, results = accelerator.is_main_process, Path(config.results.folder)
     place = results / "scratch" / "checkpoints" / names["id"]
     with record.lock(record.path_of(results, **names)) if main else contextlib.nullcontext():

@@ -21,10 +21,14 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def refuse(kind: str | None, accelerator: Accelerator) -> None:
-    """Raises UserError where the option would have no effect, or where Accelerate was asked to do the same."""
+def refuse_one(kind: str | None, accelerator: Accelerator) -> None:
+    """Raises UserError where the option would have no effect."""
     if kind and accelerator.num_processes == 1:
         raise UserError(f"train.shard={kind} needs several processes, this is one: torchrun --nproc_per_node=2 -m lorafactory …")
+
+
+def refuse_plugins() -> None:
+    """Raises UserError where Accelerate was told to wrap the model: the loop does not hand it one."""
     for engine, variable in (("FSDP", "ACCELERATE_USE_FSDP"), ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED")):
         if os.environ.get(variable, "false").lower() == "true":
             raise UserError(f"Accelerate's {engine} plug-in would do nothing here: launch without it, with train.shard=fsdp2")
@@ -36,7 +40,6 @@ def shard(adapted: Adapted, accelerator: Accelerator) -> None:
     unread = {p for m, delta in adapted.mount.held if delta.replaces for p in m.parameters()}
     if unread >= set(model.parameters()):
         raise UserError(f"train.shard: nothing is left to shard, for {adapted.variant} replaces every weight of the base")
-    adapted.remember_base()
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for block in blocks(model):
         fully_shard(block, mesh=mesh, ignored_params=unread)
@@ -45,10 +48,11 @@ def shard(adapted: Adapted, accelerator: Accelerator) -> None:
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """What is gathered at once: the layers that transformers says are not to be split, else every entry of a list."""
-    whole = set(getattr(model, "_no_split_modules", None) or ())
-    found = [m for m in model.modules() if type(m).__name__ in whole]
-    return found or [m for parent in model.modules() if isinstance(parent, nn.ModuleList) for m in parent]
+    """What is gathered at once, inner ones first: the layers that transformers says are not to be split, else every
+    entry of a list."""
+    whole, modules = set(getattr(model, "_no_split_modules", None) or ()), list(model.modules())[::-1]
+    found = [m for m in modules if type(m).__name__ in whole]
+    return found or [m for parent in modules if isinstance(parent, nn.ModuleList) for m in parent]
 
 
 def local_bytes(model: nn.Module) -> int:

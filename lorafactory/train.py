@@ -61,6 +61,7 @@ class Trainer:
         self.checkpoints = Checkpoints(folder, adapted, accelerator)
         found = self.checkpoints.newest()
         adapted.begin(self._first_batches, lambda model, batch: task.loss(model, batch) / task.size(batch))
+        adapted.remember_base()
         if config.shard:
             shard.shard(adapted, accelerator)
         self.lifecycle = Lifecycle(adapted.adapter, self._make, self.plan.total, head)

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from lorafactory.errors import UserError
-from lorafactory.files import lock, write_whole
+from lorafactory.files import lock, remove, tidy, write_whole
 
 KILLED_IN_WRITING = """
 import os, signal, sys
@@ -21,6 +21,17 @@ from lorafactory import files
 def die(*_): os.kill(os.getpid(), signal.SIGKILL)
 setattr(files.os, sys.argv[2], die)
 files.write_whole(Path(sys.argv[1]), b"new" * 100000)
+"""
+KILLED_IN_REMOVING = """
+import os, signal, sys
+from pathlib import Path
+from lorafactory import files
+def die(folder, **_):
+    if folder.exists():
+        next(folder.iterdir()).unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+files.shutil.rmtree = die
+files.remove(Path(sys.argv[1]))
 """
 HOLDING = """
 import sys, time
@@ -57,6 +68,29 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"cannot write .*file: No space left on device"):
         write_whole(tmp_path / "file", b"data")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_goes_whole_or_stays_whole(tmp_path):
+    folder = tmp_path / "step"
+    for again in range(2):
+        folder.mkdir()
+        for name in ("a", "b"):
+            (folder / name).write_text(name)
+        if not again:
+            assert python(KILLED_IN_REMOVING, folder).wait() == -signal.SIGKILL
+            assert not folder.exists(), "half a folder under its own name"
+    remove(folder)
+    remove(folder)  # what is not there is no mistake
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_killed_writers_left_is_tidied_and_nothing_else(tmp_path):
+    for name in (".step-3.x", ".other", "step-3"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    (tmp_path / ".step-3.tmp").touch()
+    tidy(tmp_path, ".step-3*")
+    assert {p.name for p in tmp_path.iterdir()} == {".other", "step-3"}
 
 
 @pytest.mark.parametrize("write", [lambda p: write_whole(p, b""), lambda p: lock(p).__enter__()])

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from killing import draw
-from runs import TINY, command, environment, lorafactory, trainer
+from runs import TINY, command, configured, environment, lorafactory, trainer
 
-from lorafactory import checkpoint, record
+from lorafactory import checkpoint, record, run
 
 SLOW = [pytest.param(f"variant={v}", marks=pytest.mark.slow) for v in ("lora", "adalora", "lora_pro", "galore", "relora")]
 RUN = ["run", *TINY, "train.steps=30", "train.checkpoint_every=3", "train.batch_size=16", "train.micro_batch_size=6"]
@@ -105,6 +105,16 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path):
     newest = sorted(tmp_path.glob("scratch/checkpoints/*/step-*"))[-1]
     assert newest.name in said or str(newest.parent) in said
     assert checkpoint.read_json(newest / "state.json")["step"] >= 7
+
+
+@pytest.mark.parametrize(("every", "told"), [(2, "goes on from"), (0, "before the first checkpoint")])
+def test_ctrl_c_outside_of_training_says_so_too(tmp_path, monkeypatch, every, told):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "_score", stop)
+    with pytest.raises(KeyboardInterrupt, match=told):
+        run.run(configured("train.steps=4", f"train.checkpoint_every={every}", f"results.folder={tmp_path}"))
 
 
 def interrupted(folder: Path, steps: int = 6):
