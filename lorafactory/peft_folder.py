@@ -32,7 +32,7 @@ def export_peft(adapted: Adapted, folder: str | Path) -> str:
             for part in adapted.adapter.all_parts():
                 part.to_peft(out)
     except UserError as e:
-        raise UserError(f"{e}. {_instead(adapted)}") from None
+        raise UserError(f"{adapted.variant}: {e}. {_instead(adapted)}") from None
     _write(adapted, out, Path(folder))
     return out.fields["peft_type"]
 

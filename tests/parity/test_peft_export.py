@@ -11,7 +11,7 @@ from small_models import MODELS, adapt, bare, bert, far, logits
 from support import perturb
 from transformers.pytorch_utils import Conv1D
 
-from lorafactory import UserError, attach, export_peft
+from lorafactory import UserError, attach, export_peft, load
 
 peft = pytest.importorskip("peft")
 TYPES = {"vera": "VERA", "ia3": "IA3", "adalora": "ADALORA", "adalora+pissa": "ADALORA", "adalora+rslora": "ADALORA"}
@@ -88,6 +88,7 @@ def test_dora_on_rows_of_zeros(tmp_path):
         export_peft(adapted, tmp_path / "a")
     perturb(adapted.adapter, 0.3)
     check(adapted, tmp_path / "a")
+    assert far(logits(load(bare(adapted), tmp_path / "a").eval()), logits(adapted)) < 1e-5
 
 
 @pytest.mark.parametrize("spelling", ("lora", "dora", "vera", "ia3", "adalora"))
