@@ -11,6 +11,7 @@ from transformers.trainer_callback import TrainerState
 from transformers.utils.generic import can_return_loss, find_labels
 
 from . import checkpoint
+from .errors import UserError
 
 FOLDER = "adapter"  # inside a checkpoint of the Trainer's
 
@@ -59,6 +60,8 @@ class TrainsAdapter:
         return (loss, outputs) if return_outputs else loss
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step:
+            raise UserError("this Trainer has trained, and end() may have changed what trains: make a new one to train on")
         ended = super().train(*args, **kwargs)  # type: ignore[misc]
         self.model.end()
         return ended

@@ -7,7 +7,7 @@ from support import close, same, small
 from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 from transformers import Trainer as Theirs
 
-from lorafactory import attach, load
+from lorafactory import UserError, attach, load
 from lorafactory.hf import Trainer
 
 STEPS = 6
@@ -47,6 +47,8 @@ def test_it_trains_evaluates_and_saves(spelling, tmp_path):
     assert made.evaluate()["eval_loss"] < losses(made)[0]
     if spelling == "adalora":  # end() came, and dropped what the budget had masked
         assert sum(low.rank for _, low in adapted.adapter.low_ranks()) == adapted.adapter.parts["budget"].target
+    with pytest.raises(UserError, match="make a new one"):
+        made.train()
     made.save_model(str(tmp_path / "last"))
     again = load(base(), tmp_path / "last" / "adapter").eval()
     assert torch.equal(logits(again), logits(adapted.eval()))
