@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from killing import Server
 
 
 def pytest_configure(config):
@@ -11,3 +12,10 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True)
 def same_randomness():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def server():
+    """Runs in processes that are forked, not started."""
+    with Server() as running:
+        yield running

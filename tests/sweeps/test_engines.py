@@ -21,14 +21,18 @@ def records(results: Path) -> list[dict]:
     return [record.read(p) for p in sorted(results.glob("*/adhoc/**/*.json"))]
 
 
-@pytest.mark.parametrize("launcher", ["basic", "joblib", "submitit_local"])
+# a value that depends on the variant: a process that only unpickles a job must know our resolver, too
+PICKED = "train.weight_decay='${pick:${hydra:runtime.choices.variant},{lora:0.25},0.5}'"
+
+
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
 def test_what_fails_or_diverges_stops_no_other_and_is_named(tmp_path, server, launcher):
     jobs = {"ok": ("4", "0.1"), "diverged": ("4", "1e30"), "failed": ("99", "0.1"), "failed too": ("99", "1e30")}
     if launcher == "submitit_local":  # a start of Python a job
         jobs.pop("diverged"), jobs.pop("failed too")
     ranks, rates = (",".join(dict.fromkeys(v)) for v in zip(*jobs.values(), strict=True))
     more = ["hydra.launcher.n_jobs=2"] if launcher == "joblib" else []
-    options = ["run", "-m", f"hydra/launcher={launcher}", *more, *SMALL, *SGD, f"results.folder={tmp_path}"]
+    options = ["run", "-m", f"hydra/launcher={launcher}", *more, *SMALL, *SGD, PICKED, f"results.folder={tmp_path}"]
     swept = server.run([*options, f"variant.rank={ranks}", f"train.lr={rates}"])
     assert swept.status == 1, swept.said
     lines = swept.said.splitlines()
@@ -40,19 +44,12 @@ def test_what_fails_or_diverges_stops_no_other_and_is_named(tmp_path, server, la
     assert all("rank 99 is more than" in x and "traceback.txt" in x for x in last if x.startswith("  failed: "))
     assert all("the loss is" in x and x.endswith(".json)") for x in last if x.startswith("  diverged: "))
     assert sorted(r["status"] for r in records(tmp_path)) == sorted(["ok", *(["diverged"] if "diverged" in bad else [])])
+    assert all(r["config"]["train"]["weight_decay"] == 0.25 for r in records(tmp_path))
     again = server.run([*options[:2], *options[3 + len(more) :], "variant.rank=4", "train.lr=0.1"])
     assert again.status == 0 and "0 ran, 1 found" in again.said, "another launcher makes another run of it"
 
 
-def test_values_that_depend_on_the_variant_reach_a_launchers_processes(tmp_path, server):
-    """${pick:…} is a resolver of ours: a process that only unpickles a job must know it, too."""
-    options = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", *SMALL, f"results.folder={tmp_path}"]
-    rate = "train.lr='${pick:${hydra:runtime.choices.variant},{dora:5e-3},3e-3}'"
-    swept = server.run(["run", "-m", *options, "variant=lora,dora", rate])
-    assert swept.status == 0, swept.said
-    assert {r["variant"]: r["config"]["train"]["lr"] for r in records(tmp_path)} == {"lora": 3e-3, "dora": 5e-3}
-
-
+@pytest.mark.slow
 def test_a_job_whose_process_dies_is_named(tmp_path):
     options = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", *SMALL, "train.checkpoint_every=1", "train.steps=99999"]
     run = command("run", "-m", *options, "variant=dora,lora", f"results.folder={tmp_path}")

@@ -1,13 +1,6 @@
 import shutil
 
 import pytest
-from killing import Server
-
-
-@pytest.fixture(scope="session")
-def server():
-    with Server() as running:
-        yield running
 
 
 @pytest.fixture(scope="session")

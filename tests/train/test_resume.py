@@ -14,7 +14,7 @@ from runs import TINY, command, configured, environment, lorafactory, trainer
 
 from lorafactory import checkpoint, record, run
 
-SLOW = [pytest.param(f"variant={v}", marks=pytest.mark.slow) for v in ("lora", "adalora", "lora_pro", "galore", "relora")]
+SLOW = [pytest.param(f"variant={v}", marks=pytest.mark.slow) for v in ("full", "lora", "adalora", "lora_pro", "galore", "relora")]
 RUN = ["run", *TINY, "train.steps=30", "train.checkpoint_every=3", "train.batch_size=16", "train.micro_batch_size=6"]
 
 
@@ -31,9 +31,7 @@ def numbers(results: Path) -> dict:
     return {k: made[k] for k in ("id", "status", "metrics", "curve", "evaluations", "adapted", "optimizer")} | {"raw": raw}
 
 
-@pytest.mark.parametrize(
-    "variant", ["variant=dora+pissa+lora_plus", "variant=full", *SLOW]
-)
+@pytest.mark.parametrize("variant", ["variant=dora+pissa+lora_plus", *SLOW])
 def test_killed_and_started_again_it_ends_with_the_same_bits(tmp_path, variant):
     options = [*RUN, variant, "train.eval_every=4", "train.keep=best"]
     if variant not in ("variant=full", "variant=galore"):
