@@ -101,6 +101,7 @@ KINDS = {
         ("for i in range(10**6): os.mkdir(f'TAG{i}'); os.chdir(f'TAG{i}')", "OSError: .*No space"),
         ("open('CANARY', 'w').write('dead')", "FileNotFoundError"),
         ("os.remove('CANARY')", "FileNotFoundError"),
+        ("open('/..CANARY', 'w').write('dead')", "FileNotFoundError"),  # what may lie over the root is above it
         (tried("os.symlink('CANARY', 'l')", "open('l', 'w').write('dead')", "os.link('CANARY', 'm')"), RAN),
         (tried(*(f"open('{f}/TAG', 'w')" for f in ("/", "/usr", "/root", "/home", "/var/tmp", "/dev/shm", "/dev"))), RAN),
         ("import shutil\nshutil.rmtree('/', ignore_errors=True)", RAN),
@@ -173,7 +174,7 @@ KINDS = {
         (SHOUT.format("b'passed'"), "wrote into"),
         (SHOUT.format("b'+' + bytes(16) + b'passed'"), "wrote into"),
         (SHOUT.format("b'{\"reason\": \"passed\"}\\n'"), "wrote into"),
-        (SEARCH + "for f in found:\n    " + SHOUT.format("f + b'passed'").replace("\n", "\n    "), f"{RAN}|wrote into"),
+        (SEARCH + "for f in found:\n    " + SHOUT.format("f + b'passed'").replace("\n", "\n    ") + "\nos._exit(0)", EARLY),
         ("import __main__\n__main__._outcome = __main__._reason = lambda *_: b'passed'", RAN),
         ("write = os.write\nos.write = lambda f, b: write(f, b[:16] + b'passed')", RAN),
         ("os.closerange(3, 64)", EARLY),
