@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import sys
 from dataclasses import asdict, dataclass, field
@@ -14,6 +15,7 @@ import torch
 import torch.nn as nn
 
 from . import fingerprint, gguf, tiny, vit_mnist
+from .adapter.site import is_quantized
 from .attach import seeded
 from .errors import UserError
 from .sources import locate, reading
@@ -38,7 +40,8 @@ class ModelConfig:
     """source: hub id, folder, package:<name>/<folder>, either with a .gguf file behind it, or one of BUILT. revision:
     the hub's. attention: transformers' attn_implementation. head: what to do with a head that the checkpoint was
     trained with: `auto` takes it if its class names are the task's, in any order; `keep` takes it by position; `new`
-    draws another. pad_token: for tokenizers without one (null: their end token)."""
+    draws another. pad_token: for tokenizers without one (null: their end token). quantization: 4bit, NF4 by
+    bitsandbytes, computed in dtype."""
 
     name: str = ""
     source: str = ""
@@ -47,11 +50,14 @@ class ModelConfig:
     attention: Optional[str] = None  # noqa: UP045
     head: str = "auto"
     pad_token: Optional[str] = None  # noqa: UP045
+    quantization: Optional[str] = None  # noqa: UP045
 
     def __post_init__(self) -> None:
         for option, known in (("dtype", DTYPES), ("head", HEADS)):
             if getattr(self, option) not in known:
                 raise UserError(f"model.{option}={getattr(self, option)}: there are {', '.join(known)}")
+        if self.quantization not in (None, "4bit"):
+            raise UserError(f"model.quantization={self.quantization}: there is 4bit, or null")
 
 
 @dataclass
@@ -91,6 +97,7 @@ class Loaded:
         about = {"source": c.source, "revision": revision, "dtype": c.dtype}
         if hasattr(self.processor, "to_json_string"):  # an image processor: how it resizes is part of the base
             about["processor"] = {"class": type(self.processor).__name__, **json.loads(self.processor.to_json_string())}
+        about |= {"quantization": c.quantization} if c.quantization else {}
         about |= {"padding": self.padding} if self.padding else {}
         return about | {"fingerprint": self.fingerprint, "head": self.head}
 
@@ -132,7 +139,11 @@ def _load(config: ModelConfig, task: Task, head: dict[str, Any]) -> Loaded:
         own = transformers.AutoConfig.from_pretrained(where, **options)
         if config.attention:
             options["attn_implementation"] = config.attention
+        if config.quantization:
+            options["quantization_config"] = _four_bits(DTYPES[config.dtype])
         model, info = task.load_model(where, **head, **options, dtype=DTYPES[config.dtype])
+    for module in filter(is_quantized, model.modules()):
+        module.support_avx512bf16_for_cpu = False  # which would repack the weights in evaluation: another state dict
     absent = info["missing_keys"] | {name for name, *_ in info["mismatched_keys"]}
     loaded = Loaded(config, model.eval(), processor, [n for n, _ in model.named_parameters() if n in absent])
     _refuse_holes(loaded, absent)
@@ -148,6 +159,16 @@ def _place(source: str) -> Path | str:
     if source in BUILT:
         return BUILT[source]()
     return gguf.folder(source) if source.endswith(gguf.SUFFIX) else locate(source, "model.source", LAYOUT)
+
+
+def _four_bits(dtype: torch.dtype) -> Any:
+    """QLoRA's storage (arXiv 2305.14314): NF4 with its scales quantised, too."""
+    import transformers
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("model.quantization=4bit needs the package bitsandbytes: pip install bitsandbytes")
+    how = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    return transformers.BitsAndBytesConfig(load_in_4bit=True, **how)
 
 
 def _refuse_holes(loaded: Loaded, absent: set[str]) -> None:

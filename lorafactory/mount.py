@@ -9,6 +9,7 @@ import torch.nn as nn
 
 from . import holder
 from .adapter import Delta
+from .adapter.site import is_quantized
 from .errors import UserError
 
 
@@ -44,6 +45,8 @@ class Mount:
         """The share of each layer's update that the cast to its weights loses. Raises UserError above limit, before
         anything is written."""
         self._refuse_shards("merge into")
+        if coded := [n for n, m, _ in self._named() if is_quantized(m)]:
+            raise UserError(f"cannot merge into {coded[0]}, a weight of 4 bits: the adapter stays beside it")
         self._convert(dtype)
         errors = {n: d.error(holder.held(m).base) for n, m, d in self._named()}
         if over := {n: e for n, e in errors.items() if not e <= limit}:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -14,11 +15,16 @@ def is_transposed(module: nn.Module) -> bool:
     return any(c.__name__ == "Conv1D" for c in type(module).__mro__) and hasattr(module, "nf")
 
 
+def is_quantized(module: nn.Module) -> bool:
+    """bitsandbytes' 4-bit linear layer: its weight is codes, [n, 1], and a state that decodes them. By name, too."""
+    return any(c.__name__ == "Linear4bit" for c in type(module).__mro__)
+
+
 def is_linear(module: nn.Module) -> bool:
     """A layer that computes W x + bias from its own numbers: not a subclass with another forward, nor a weight that is
     itself computed (weight norm)."""
     owner = next(c for c in type(module).__mro__ if "forward" in vars(c) and "base_forward" not in vars(c))
-    plain = owner is nn.Linear or (owner.__name__ == "Conv1D" and is_transposed(module))
+    plain = owner is nn.Linear or (owner.__name__ == "Conv1D" and is_transposed(module)) or owner.__name__ == "Linear4bit"
     return plain and module._parameters.get("weight") is not None
 
 
@@ -32,15 +38,27 @@ def has_parameters(module: nn.Module) -> bool:
 
 
 class Base:
-    """A view, not a copy, of a module: weight [d_out, d_in], bias [d_out] or None; calling it runs the module."""
+    """A view, not a copy, of a module: weight [d_out, d_in], bias [d_out] or None; calling it runs the module. A weight
+    of 4 bits is decoded each time it is read."""
 
     def __init__(self, module: nn.Module):
         self.module = module
 
     @property
     def weight(self) -> Tensor:
-        w = self.module.weight
-        return w.T if is_transposed(self.module) else w  # type: ignore[operator, return-value]
+        w: Any = self.module.weight
+        if is_quantized(self.module):
+            from bitsandbytes.functional import dequantize_4bit
+
+            return dequantize_4bit(w.data, w.quant_state)
+        return w.T if is_transposed(self.module) else w
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in)."""
+        if is_quantized(self.module):
+            return self.module.out_features, self.module.in_features  # type: ignore[return-value]
+        return self.weight.shape[0], self.weight.shape[-1]
 
     @property
     def bias(self) -> Tensor | None:
@@ -89,8 +107,8 @@ class Site:
 
     @property
     def d_in(self) -> int:
-        return self.base.weight.shape[-1]
+        return self.base.shape[1]
 
     @property
     def d_out(self) -> int:
-        return self.base.weight.shape[0]
+        return self.base.shape[0]
