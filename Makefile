@@ -8,7 +8,7 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 WANDB_MODE=disabled $(PY) -m pytest -n $(JOBS) --dist worksteal -q
 
-.PHONY: help setup demo test test-all test-gpu bench glue vision lint types check tables wheel clean
+.PHONY: help setup demo test test-all test-gpu bench glue vision generation lint types check tables wheel clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -51,6 +51,9 @@ glue: setup ## every variant on GLUE's CoLA, MRPC and SST-2, on two CPU cores (h
 
 vision: setup ## every variant on scikit-learn's digits, a ViT pre-trained on MNIST (under an hour)
 	@scripts/vision.sh
+
+generation: setup ## six variants of SmolLM2 on a puzzle of reasoning-gym (hours on two CPU cores; stop it at will)
+	@scripts/generation.sh
 
 lint: setup ## ruff
 	@.venv/bin/ruff check .
