@@ -10,13 +10,13 @@ from pathlib import Path
 
 from .built import build
 from .errors import UserError
-from .sources import locate
+from .sources import locate, reading
 
 SUFFIX = ".gguf"
 
 
 def folder(source: str) -> Path:
-    """The folder for <folder, or package:<name>>/<file>.gguf. Raises UserError for what is missing."""
+    """The folder for <folder, or package:<name>>/<file>.gguf. Raises UserError for what is missing or no such file."""
     parent, _, name = source.rpartition("/")
     where = locate(parent or ".", "model.source", f"a folder with {name}")
     if not isinstance(where, Path) or not (where / name).is_file():
@@ -37,4 +37,5 @@ def folder(source: str) -> Path:
         model.load_state_dict(read.state_dict())
         model.save_pretrained(place)
 
-    return build(f"gguf-1-{digest}", write)
+    with reading(str(where), "model.source", f"a whole {SUFFIX} file"):
+        return build(f"gguf-1-{digest}", write)
