@@ -14,10 +14,11 @@ for task; do
     sweep sst2 bitfit,vera,ia3,adalora,gelora 1e-3,3e-3,1e-2,3e-2,1e-1
     sweep sst2 head_only 3e-3,1e-2,3e-2,1e-1,3e-1
   else
-    sweep "$task" full,lora_ga,lora_plus,lora_pro,galore 3e-5,1e-4,3e-4
-    sweep "$task" pissa,rslora,eva 1e-4,3e-4,1e-3
-    sweep "$task" lora,dora,relora,molora,hydra_lora,lotr,gelora,bitfit 3e-4,1e-3,3e-3
+    sweep "$task" full,galore 3e-5,1e-4,3e-4
+    sweep "$task" lora,dora,relora,molora,hydra_lora 3e-4,1e-3,3e-3
+    sweep "$task" rslora,lora_plus,lora_pro,pissa,lora_ga,eva 1e-4,3e-4,1e-3
     sweep "$task" vera,ia3,adalora 3e-3,1e-2,3e-2
+    sweep "$task" bitfit,gelora,lotr 1e-3,3e-3,1e-2
     sweep "$task" head_only 1e-2,3e-2,1e-1
   fi
 done
