@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import sys
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
 import torch.nn as nn
 
-from . import fingerprint, gguf, tiny, vit_mnist
-from .adapter.site import is_quantized
+from . import fingerprint, four_bits, gguf, tiny, vit_mnist
 from .attach import seeded
 from .errors import UserError
 from .sources import locate, reading
@@ -139,11 +137,9 @@ def _load(config: ModelConfig, task: Task, head: dict[str, Any]) -> Loaded:
         own = transformers.AutoConfig.from_pretrained(where, **options)
         if config.attention:
             options["attn_implementation"] = config.attention
-        if config.quantization:
-            options["quantization_config"] = _four_bits(DTYPES[config.dtype])
-        model, info = task.load_model(where, **head, **options, dtype=DTYPES[config.dtype])
-    for module in filter(is_quantized, model.modules()):
-        module.support_avx512bf16_for_cpu = False  # which would repack the weights in evaluation: another state dict
+        dtype = DTYPES[config.dtype]
+        read = partial(task.load_model, where, **head, **options, dtype=dtype)
+        model, info = four_bits.load(read, dtype) if config.quantization else read()
     absent = info["missing_keys"] | {name for name, *_ in info["mismatched_keys"]}
     loaded = Loaded(config, model.eval(), processor, [n for n, _ in model.named_parameters() if n in absent])
     _refuse_holes(loaded, absent)
@@ -159,16 +155,6 @@ def _place(source: str) -> Path | str:
     if source in BUILT:
         return BUILT[source]()
     return gguf.folder(source) if source.endswith(gguf.SUFFIX) else locate(source, "model.source", LAYOUT)
-
-
-def _four_bits(dtype: torch.dtype) -> Any:
-    """QLoRA's storage (arXiv 2305.14314): NF4 with its scales quantised, too."""
-    import transformers
-
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError("model.quantization=4bit needs the package bitsandbytes: pip install bitsandbytes")
-    how = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
-    return transformers.BitsAndBytesConfig(load_in_4bit=True, **how)
 
 
 def _refuse_holes(loaded: Loaded, absent: set[str]) -> None:

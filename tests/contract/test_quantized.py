@@ -100,3 +100,21 @@ def test_what_it_needs_is_said(folder, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install bitsandbytes"):
         base(folder)
+
+
+def test_what_is_trained_whole_keeps_whole_numbers(folder):
+    """A classifier's head, which the checkpoint does not hold."""
+    from lorafactory.tasks.text import Text
+
+    task = Text(Text.Config(name="t"))
+    task.labels = ["one", "two", "three"]
+    models._loaded.clear()
+    found = models.load(models.ModelConfig(name="q", source=folder, quantization="4bit"), task)
+    models._loaded.clear()
+    found.redraw(0)
+    assert type(found.model.score) is torch.nn.Linear and found.model.score.weight.is_floating_point()
+    assert found.fresh == ["score.weight"] and found.describe()["quantization"] == "4bit"
+    adapted = attach(found.model, "lora", seed=0, trained_modules=models.heads(found))
+    logits = adapted(input_ids=batch()["input_ids"]).logits
+    assert logits.shape == (8, 3) and logits.isfinite().all() and adapted.cost()["head_parameters"] == 3 * 64
+    assert all(is_quantized(s.base.module) for s in adapted.adapter.sites) and len(adapted.adapter.sites) == 14
