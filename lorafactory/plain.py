@@ -42,6 +42,15 @@ def plain(value: Any, reasons: list[str]) -> Any:
     return None
 
 
+def short(value: Any) -> Any:
+    """The same containers, their numbers to nine significant digits: half the bytes, and the same float32."""
+    if isinstance(value, dict):
+        return {key: short(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [short(item) for item in value]
+    return float(f"{value:.9g}") if isinstance(value, float) else value
+
+
 def flat(config: Mapping[str, Any], without: tuple[str, ...] = (), prefix: str = "") -> dict[str, Any]:
     """Nested settings as {dotted key: value}, less those under a key in `without` and the empty ones: None and ""
     are the same as not there, so a new optional setting changes nothing. Whole floats are ints: 1.0 is 1."""

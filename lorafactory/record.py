@@ -19,7 +19,7 @@ from typing import Any
 from .environment import environment
 from .errors import UserError
 from .files import lock, tidy, write_whole
-from .plain import finite, flat
+from .plain import finite, flat, short
 
 __all__ = ["environment", "find", "is_scratch", "lock", "path_of", "read", "read_all", "read_predictions", "run_id",
            "settings", "write"]
@@ -85,13 +85,14 @@ def find(results: str | Path, experiment: str, variant: str, task: str, model: s
 
 def write(path: Path, record: Mapping[str, Any], predictions: Mapping[str, Any] | None = None) -> None:
     """Predictions first, the record last, so a record on disk is complete. NaN and infinity become null, with the
-    reason under `<key>_undefined`. Raises UserError for a folder that cannot be written or a record that lacks
-    something; then nothing is left behind. Only who holds the run's lock may write."""
+    reason under `<key>_undefined`; predictions keep the nine digits that tell every float32 from the next. Raises
+    UserError for a folder that cannot be written or a record that lacks something; then nothing is left behind but, at
+    most, predictions without a record."""
     content = finite(record)
     content["predictions"] = None
     raw = b""
     if predictions is not None:
-        raw = json.dumps(finite(predictions), allow_nan=False, separators=(",", ":")).encode()
+        raw = json.dumps(short(finite(predictions)), allow_nan=False, separators=(",", ":")).encode()
         content["predictions"] = {"file": _beside(path).name, "sha256": hashlib.sha256(raw).hexdigest()}
     _check(content, path)
     lines = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in content.items()]

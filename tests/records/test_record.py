@@ -160,6 +160,15 @@ def test_a_broken_record_is_left_out_by_name(results, breaking, message, caplog)
     assert "the run is made again" in caplog.text
 
 
+def test_predictions_keep_every_float32(results):
+    rng = np.random.default_rng(0)
+    values = (rng.standard_normal(500) * 10.0 ** rng.integers(-30, 30, 500)).astype(np.float32)
+    path = results.put(fabricate(), {"test": [values.tolist(), [1, True, None, "text"]]})
+    numbers, others = record.read_predictions(path)["test"]
+    assert np.array_equal(np.asarray(numbers, np.float32), values) and others == [1, True, None, "text"]
+    assert all(x == float(f"{x:.9g}") for x in numbers) and numbers != values.tolist()
+
+
 def test_predictions_that_are_not_its_own_are_refused(results):
     path = results.put(fabricate(), {"test": [1]})
     beside = path.with_name(path.stem + ".predictions.json.gz")
