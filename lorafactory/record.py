@@ -86,8 +86,8 @@ def find(results: str | Path, experiment: str, variant: str, task: str, model: s
 def write(path: Path, record: Mapping[str, Any], predictions: Mapping[str, Any] | None = None) -> None:
     """Predictions first, the record last, so a record on disk is complete. NaN and infinity become null, with the
     reason under `<key>_undefined`; predictions keep the nine digits that tell every float32 from the next. Raises
-    UserError for a folder that cannot be written or a record that lacks something; then nothing is left behind but, at
-    most, predictions without a record."""
+    UserError for a folder that cannot be written or a record that lacks something; then nothing is left behind.
+    Only who holds the run's lock may write."""
     content = finite(record)
     content["predictions"] = None
     raw = b""
