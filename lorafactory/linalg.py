@@ -42,3 +42,9 @@ def sylvester(p: Spectrum, q: Spectrum, c: Tensor) -> Tensor:
     sums = p[0][..., :, None] + q[0][..., None, :]
     x = p[1].mT @ c @ q[1]
     return p[1] @ torch.where(sums > 0, x / sums, 0.0) @ q[1].mT
+
+
+def hadamard(b1: Tensor, a1: Tensor, b2: Tensor, a2: Tensor) -> tuple[Tensor, Tensor]:
+    """(B [p, r1 r2], A [r1 r2, q]) with B A = (B1 A1) * (B2 A2), entry by entry: Khatri-Rao products, of B1 and B2 row by
+    row, of A1 and A2 column by column."""
+    return (b1[:, :, None] * b2[:, None, :]).flatten(1), (a1[:, None, :] * a2[None, :, :]).flatten(0, 1)

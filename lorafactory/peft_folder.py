@@ -125,10 +125,10 @@ def _write(adapted: Adapted, out: Peft, folder: Path) -> None:
         "base_model_name_or_path": getattr(getattr(adapted.model, "config", None), "_name_or_path", None),
         "target_modules": "|".join(map(re.escape, out.layers)) if vague else list(out.layers),
         "modules_to_save": list(heads) or None,
-        # PEFT puts it right for each layer, and says so where a model has both kinds
-        "fan_in_fan_out": any(is_transposed(s.base.module) for s in adapted.adapter.sites if s.name in out.layers),
         "inference_mode": True,
     }
+    if any(is_transposed(s.base.module) for s in adapted.adapter.sites if s.name in out.layers):
+        places["fan_in_fan_out"] = True  # PEFT puts it right for each layer, and says so where a model has both kinds
     write_files(folder, {TENSORS: plain}, {CONFIG: out.fields | _scales(out) | places})
 
 

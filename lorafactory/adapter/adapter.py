@@ -89,10 +89,10 @@ class Adapter(nn.Module):
             if s.key in self.deltas:
                 shape = {"d_out": s.d_out, "d_in": s.d_in} if s.is_linear else {}
                 found[s.name] = {"name": s.name, "delta": type(self.deltas[s.key]).__name__, **shape}
-        for s, low in self.low_ranks():
-            found[s.name].setdefault("rank", 0)
-            found[s.name]["rank"] += low.rank
-            found[s.name]["scale"] = float(low.scale)
+        for s, m in self.inside(Elastic):
+            if hasattr(m, "rank") and hasattr(m, "scale"):  # a LowRank, or a delta with a rank of its own
+                found[s.name]["rank"] = found[s.name].get("rank", 0) + m.rank
+                found[s.name]["scale"] = float(m.scale)
         return list(found.values())
 
     # training

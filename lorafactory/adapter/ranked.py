@@ -1,4 +1,4 @@
-"""Ranked: what structures built on LowRank share: their options, and rank and scale per site."""
+"""Ranked: what structures of a rank share: their options, and rank and scale per site."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class RankedConfig(StructureConfig):
 
 
 class Ranked(Structure):
-    """A structure whose sites hold LowRank pairs."""
+    """A structure whose sites have a rank and a scale; most hold LowRank pairs."""
 
     Config = RankedConfig
     ranks: dict[str, int]
@@ -50,10 +50,22 @@ class Ranked(Structure):
         self.__dict__["ranks"] = per_site(config.rank_pattern, adapter.sites, "rank_pattern")
         self.__dict__["alphas"] = per_site(config.alpha_pattern, adapter.sites, "alpha_pattern")
 
+    def rank(self, site: Site) -> int:
+        return self.ranks.get(site.name, self.config.rank)
+
+    def fitting(self, site: Site) -> int:
+        """The rank. Raises UserError where it exceeds the layer's."""
+        rank, most = self.rank(site), min(site.d_in, site.d_out)
+        if rank > most:
+            raise UserError(f"rank {rank} is more than {site.name} [{site.d_out}, {site.d_in}] can have: at most {most}")
+        return rank
+
+    def scale(self, site: Site) -> float:
+        """alpha / rank; 1 where a variant has no alpha."""
+        alpha = self.alphas.get(site.name, self.config.alpha)
+        return 1.0 if alpha is None else alpha / self.rank(site)
+
     def low_rank(self, site: Site, d_out: int | None = None) -> LowRank:
-        """The site's pair, A [rank, d_in] and B [d_out, rank]. Raises UserError where the rank exceeds the layer's."""
-        rank, alpha = self.ranks.get(site.name, self.config.rank), self.alphas.get(site.name, self.config.alpha)
-        if rank > min(site.d_in, site.d_out):
-            shape = f"[{site.d_out}, {site.d_in}]"
-            raise UserError(f"rank {rank} is more than {site.name} {shape} can have: at most {min(site.d_in, site.d_out)}")
-        return LowRank(site.d_in, d_out or site.d_out, rank, alpha / rank, site.base.weight, self.config.dropout)
+        """The site's pair, A [rank, d_in] and B [d_out, rank]."""
+        rank = self.fitting(site)
+        return LowRank(site.d_in, d_out or site.d_out, rank, self.scale(site), site.base.weight, self.config.dropout)

@@ -115,6 +115,16 @@ def ia3(model: Any, c: Any, names: list[str], total: int) -> Side:
     return plain(peft.get_peft_model(model, peft.IA3Config(**common(model, names), feedforward_modules=second)))
 
 
+def lycoris(model: Any, make: Any, c: Any, names: list[str], **more: Any) -> Side:
+    options = {"r": c.rank, "alpha": c.alpha, "rank_dropout": c.rank_dropout, "module_dropout": c.module_dropout}
+    return plain(peft.get_peft_model(model, make(**options, **common(model, names), **more)))
+
+
+@counterpart("PEFT LoHa", "loha", "PEFT forms the update; ours does where that is cheaper than a pair of rank rank^2")
+def loha(model: Any, c: Any, names: list[str], total: int) -> Side:
+    return lycoris(model, peft.LoHaConfig, c, names)
+
+
 @counterpart("PEFT AdaLoRA", "adalora", "PEFT averages norms in its penalty, ours sums their squares, as the paper")
 def adalora(model: Any, c: Any, names: list[str], total: int) -> Side:
     b = c.budget

@@ -21,7 +21,9 @@ TARGETS = {
 }
 SECOND = {"bert": ["output.dense"], "gpt2": ["c_proj"]}
 RANK, ALPHA = 4, 12
-VARIANTS = ("lora", "rslora", "dora", "vera", "ia3")
+VARIANTS = ("lora", "rslora", "dora", "vera", "ia3", "loha")
+LYCORIS = {"loha": peft.LoHaConfig}
+CASES = [(k, v) for k in KINDS for v in VARIANTS if k == "bert" or v not in LYCORIS]  # PEFT has those on nn.Linear only
 
 
 @cache
@@ -52,7 +54,10 @@ def ours(kind, variant, **options):
 
 def theirs(kind, variant, **options):
     options = {"target_modules": TARGETS[kind], "fan_in_fan_out": kind == "gpt2", **options}
-    if variant == "ia3":
+    if variant in LYCORIS:
+        del options["fan_in_fan_out"]
+        config = LYCORIS[variant](r=RANK, alpha=ALPHA, **options)
+    elif variant == "ia3":
         config = peft.IA3Config(**{"feedforward_modules": SECOND[kind], **options})
     elif variant == "vera":
         config = peft.VeraConfig(r=RANK, **options)
@@ -71,6 +76,9 @@ def pairs(adapted, model, variant):
             found += [(d.b, layer.vera_lambda_b["default"]), (d.d, layer.vera_lambda_d["default"])]
         elif variant == "ia3":
             found += [(d.l, layer.ia3_l["default"])]
+        elif variant in LYCORIS:
+            own = [(getattr(d, here), getattr(layer, there)) for here, there in d.names.items()]
+            found += [(p, q["default"]) for p, q in own if p is not None]
         else:
             low = next(m for m in d.modules() if hasattr(m, "fold"))
             found += [(low.A, layer.lora_A["default"].weight), (low.B, layer.lora_B["default"].weight)]
@@ -107,8 +115,7 @@ def output(model, x):
     return model(inputs_embeds=x).last_hidden_state
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kind, variant", CASES)
 def test_outputs_gradients_and_merged_weights(kind, variant):
     a, b, found = both(kind, variant)
     x, y = torch.randn(3, 7, 32, requires_grad=True), torch.randn(3, 7, 32)

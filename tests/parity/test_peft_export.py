@@ -17,6 +17,8 @@ peft = pytest.importorskip("peft")
 TYPES = {"vera": "VERA", "ia3": "IA3", "adalora": "ADALORA", "adalora+pissa": "ADALORA", "adalora+rslora": "ADALORA"}
 LORA = "lora rslora dora pissa eva lora_ga lora_plus lora_pro relora gelora dora+pissa dora+adalora dora+rslora dora+eva"
 TYPES |= dict.fromkeys(LORA.split(), "LORA")
+LYCORIS = {"loha": "LOHA"}  # PEFT has these on nn.Linear only
+TYPES |= LYCORIS
 PAIRS = [(s, list(MODELS)[i // 3 % 2]) for i, s in enumerate(sized(2, 2)) if i % 3 == 0 or s in TYPES]
 
 
@@ -38,7 +40,7 @@ def test_every_name_is_loaded_by_peft_or_refused_in_one_line(spelling, kind, tmp
     adapted = adapt(kind, spelling)
     assert adapted.cost()["head_parameters"]
     before = logits(adapted)
-    if spelling in TYPES:
+    if spelling in TYPES and (kind == "bert" or spelling not in LYCORIS):
         assert check(adapted, tmp_path / "a") == TYPES[spelling]
         return
     try:
@@ -64,6 +66,18 @@ def test_anchors_pasts_gates_and_layers_without_rank(spelling, tmp_path):
         lows[2].keep(torch.tensor([], dtype=torch.long))
         lows[3].keep(torch.tensor([0, 2]))
     check(adapted, tmp_path / "a")
+
+
+@pytest.mark.parametrize("spelling", LYCORIS)
+def test_ranks_alphas_and_dropouts_of_their_own(spelling, tmp_path):
+    options = {"rank_pattern": {"encoder.layer.0.intermediate.dense": 2, "query": 3}, "alpha_pattern": {"query": 5.0}}
+    adapted = adapt("bert", spelling, alpha=12.0, rank_dropout=0.25, module_dropout=0.5, **options)
+    check(adapted, tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config["alpha"] == pytest.approx(12) and list(config["alpha_pattern"].values()) == pytest.approx([5, 5])
+    assert sorted(config["rank_pattern"].values()) == [2, 3, 3] and config["rank_dropout"] == 0.25
+    again = load(bare(adapted), tmp_path / "a")
+    assert again.variant == spelling and again.adapter.config.module_dropout == 0.5
 
 
 @pytest.mark.parametrize("spelling", ("lora", "rslora"))
@@ -120,7 +134,7 @@ class Names(nn.Module):
         return self.head(torch.tanh(self.fc(x)))
 
 
-@pytest.mark.parametrize("spelling", ("lora", "vera", "ia3", "adalora"))
+@pytest.mark.parametrize("spelling", ("lora", "vera", "ia3", "adalora", "loha"))
 def test_names_that_end_alike(spelling, tmp_path):
     x = torch.randn(3, 6)
     # IA3: both are targets, and PEFT's list of names to scale at the input would take both

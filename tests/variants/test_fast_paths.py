@@ -20,6 +20,8 @@ FAST = {
     "dora+molora": {"rank": 4},
     "ia3": {"target_modules": ["0"], "feedforward_modules": ["0"]},
     "bitfit": {},
+    "loha": {"rank": 2},  # of rank 4 as a pair
+    "loha+dora": {"rank": 2},
 }
 
 
