@@ -48,3 +48,7 @@ def hadamard(b1: Tensor, a1: Tensor, b2: Tensor, a2: Tensor) -> tuple[Tensor, Te
     """(B [p, r1 r2], A [r1 r2, q]) with B A = (B1 A1) * (B2 A2), entry by entry: Khatri-Rao products, of B1 and B2 row by
     row, of A1 and A2 column by column."""
     return (b1[:, :, None] * b2[:, None, :]).flatten(1), (a1[:, None, :] * a2[None, :, :]).flatten(0, 1)
+
+
+def divisors(n: int) -> list[int]:
+    return [k for k in range(1, n + 1) if n % k == 0]

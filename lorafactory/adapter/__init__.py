@@ -1,7 +1,7 @@
 """The interface that every variant is written against. Reading order: site, delta, low_rank, part, adapter."""
 
 from .adapter import Adapter
-from .delta import Copy, Delta, Wrapper, exact, linear
+from .delta import Copy, Delta, Wrapper, exact, kronecker, linear
 from .elastic import Elastic
 from .low_rank import LowRank
 from .part import Decomposition, Init, Part, Stage, Step, Structure
@@ -25,5 +25,6 @@ __all__ = [
     "Structure",
     "Wrapper",
     "exact",
+    "kronecker",
     "linear",
 ]

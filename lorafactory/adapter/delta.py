@@ -35,6 +35,16 @@ def linear(x: Tensor, *weights: Tensor) -> Tensor:
     return x
 
 
+def kronecker(x: Tensor, w1: Tensor, *w2: Tensor) -> Tensor:
+    """(W1 kron W2) x for W1 [a, c] and W2 [b, d], given as linear's weights: W1 X W2^T, X being x as [c, d], row by row.
+    No [a b, c d] is formed."""
+    if x.dtype != w1.dtype and not torch.is_autocast_enabled(x.device.type):
+        x = x.to(w1.dtype)
+    x = x.unflatten(-1, (w1.shape[1], -1))
+    fewer_first = w1.shape[0] < w1.shape[1]
+    return (linear(w1 @ x, *w2) if fewer_first else w1 @ linear(x, *w2)).flatten(-2)
+
+
 class Delta(nn.Module):
     """The function of one site. Its meaning: y = weight(base) x + bias(base). Its fast path: y = base(x) + update.
 

@@ -93,12 +93,19 @@ class Lycoris(Ranked):
             out.layers[s.name] = {n: t for n, t in own.items() if t is not None}
 
     @classmethod
+    def meant(cls, rank: int, tensors: dict[str, Tensor]) -> int:
+        """The rank of a layer that PEFT saved under `rank`."""
+        return rank
+
+    @classmethod
     def from_peft(cls, saved):
         f = saved.fields
         if f.get("peft_type") != cls.kind:
             return None
-        rank, ranks = common({n: saved.of_layer("r", "rank_pattern", n) for n in saved.layers})
-        alpha, alphas = common({n: float(saved.of_layer("alpha", "alpha_pattern", n)) for n in saved.layers})
+        given = {n: saved.of_layer("r", "rank_pattern", n) for n in saved.layers}
+        meant = {n: cls.meant(r, saved.layers[n]) for n, r in given.items()}
+        scales = {n: saved.of_layer("alpha", "alpha_pattern", n) / r for n, r in given.items()}
+        (rank, ranks), (alpha, alphas) = common(meant), common({n: s * meant[n] for n, s in scales.items()})
         options = {name: f[name] for name in cls.same if name in f}
         saved.drop("peft_type", "r", "rank_pattern", "alpha", "alpha_pattern", "init_weights", "use_effective_conv2d", *cls.same)
         return {"rank": rank, "rank_pattern": ranks, "alpha": alpha, "alpha_pattern": alphas, **options}

@@ -53,9 +53,13 @@ class Ranked(Structure):
     def rank(self, site: Site) -> int:
         return self.ranks.get(site.name, self.config.rank)
 
+    def most(self, site: Site) -> int:
+        """The largest rank that means anything in this layer."""
+        return min(site.d_in, site.d_out)
+
     def fitting(self, site: Site) -> int:
         """The rank. Raises UserError where it exceeds the layer's."""
-        rank, most = self.rank(site), min(site.d_in, site.d_out)
+        rank, most = self.rank(site), self.most(site)
         if rank > most:
             raise UserError(f"rank {rank} is more than {site.name} [{site.d_out}, {site.d_in}] can have: at most {most}")
         return rank

@@ -125,6 +125,12 @@ def loha(model: Any, c: Any, names: list[str], total: int) -> Side:
     return lycoris(model, peft.LoHaConfig, c, names)
 
 
+@counterpart("PEFT LoKr", "lokr", "PEFT forms the update; ours multiplies by the two factors")
+def lokr(model: Any, c: Any, names: list[str], total: int) -> Side:
+    more = {"decompose_both": c.decompose_both, "decompose_factor": c.decompose_factor}
+    return lycoris(model, peft.LoKrConfig, c, names, **more)
+
+
 @counterpart("PEFT AdaLoRA", "adalora", "PEFT averages norms in its penalty, ours sums their squares, as the paper")
 def adalora(model: Any, c: Any, names: list[str], total: int) -> Side:
     b = c.budget

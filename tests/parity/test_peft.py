@@ -21,8 +21,9 @@ TARGETS = {
 }
 SECOND = {"bert": ["output.dense"], "gpt2": ["c_proj"]}
 RANK, ALPHA = 4, 12
-VARIANTS = ("lora", "rslora", "dora", "vera", "ia3", "loha")
-LYCORIS = {"loha": peft.LoHaConfig}
+VARIANTS = ("lora", "rslora", "dora", "vera", "ia3", "loha", "lokr")
+LYCORIS = {"loha": peft.LoHaConfig, "lokr": peft.LoKrConfig}
+SPLIT = {"rank": 2, "decompose_both": True}  # in some layers W1 is one matrix, in some two
 CASES = [(k, v) for k in KINDS for v in VARIANTS if k == "bert" or v not in LYCORIS]  # PEFT has those on nn.Linear only
 
 
@@ -49,14 +50,16 @@ def ours(kind, variant, **options):
     if variant == "ia3":
         return attach(copy.deepcopy(base(kind)), "ia3", **{"feedforward_modules": SECOND[kind], **options})
     alpha = {} if variant == "vera" else {"alpha": ALPHA}
-    return attach(copy.deepcopy(base(kind)), variant, rank=RANK, **alpha, **options)
+    own = SPLIT if variant == "lokr" else {}
+    return attach(copy.deepcopy(base(kind)), variant, **{"rank": RANK, **alpha, **own, **options})
 
 
 def theirs(kind, variant, **options):
     options = {"target_modules": TARGETS[kind], "fan_in_fan_out": kind == "gpt2", **options}
     if variant in LYCORIS:
         del options["fan_in_fan_out"]
-        config = LYCORIS[variant](r=RANK, alpha=ALPHA, **options)
+        own = {"r": 2, "decompose_both": True} if variant == "lokr" else {"r": RANK}
+        config = LYCORIS[variant](alpha=ALPHA, **own, **options)
     elif variant == "ia3":
         config = peft.IA3Config(**{"feedforward_modules": SECOND[kind], **options})
     elif variant == "vera":

@@ -17,7 +17,7 @@ peft = pytest.importorskip("peft")
 TYPES = {"vera": "VERA", "ia3": "IA3", "adalora": "ADALORA", "adalora+pissa": "ADALORA", "adalora+rslora": "ADALORA"}
 LORA = "lora rslora dora pissa eva lora_ga lora_plus lora_pro relora gelora dora+pissa dora+adalora dora+rslora dora+eva"
 TYPES |= dict.fromkeys(LORA.split(), "LORA")
-LYCORIS = {"loha": "LOHA"}  # PEFT has these on nn.Linear only
+LYCORIS = {"loha": "LOHA", "lokr": "LOKR"}  # PEFT has these on nn.Linear only
 TYPES |= LYCORIS
 PAIRS = [(s, list(MODELS)[i // 3 % 2]) for i, s in enumerate(sized(2, 2)) if i % 3 == 0 or s in TYPES]
 
@@ -71,7 +71,7 @@ def test_anchors_pasts_gates_and_layers_without_rank(spelling, tmp_path):
 @pytest.mark.parametrize("spelling", LYCORIS)
 def test_ranks_alphas_and_dropouts_of_their_own(spelling, tmp_path):
     options = {"rank_pattern": {"encoder.layer.0.intermediate.dense": 2, "query": 3}, "alpha_pattern": {"query": 5.0}}
-    adapted = adapt("bert", spelling, alpha=12.0, rank_dropout=0.25, module_dropout=0.5, **options)
+    adapted = adapt("bert", spelling, rank=4, alpha=12.0, rank_dropout=0.25, module_dropout=0.5, **options)
     check(adapted, tmp_path / "a")
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert config["alpha"] == pytest.approx(12) and list(config["alpha_pattern"].values()) == pytest.approx([5, 5])
@@ -134,7 +134,7 @@ class Names(nn.Module):
         return self.head(torch.tanh(self.fc(x)))
 
 
-@pytest.mark.parametrize("spelling", ("lora", "vera", "ia3", "adalora", "loha"))
+@pytest.mark.parametrize("spelling", ("lora", "vera", "ia3", "adalora", "loha", "lokr"))
 def test_names_that_end_alike(spelling, tmp_path):
     x = torch.randn(3, 6)
     # IA3: both are targets, and PEFT's list of names to scale at the input would take both

@@ -27,8 +27,10 @@ CASES = {
     "ia3": (peft.IA3Config, {}),
     "adalora": (peft.AdaLoraConfig, {"init_r": 5, "target_r": 2, "lora_alpha": 9, "total_step": 10}),
     "loha": (peft.LoHaConfig, {"r": 4, "alpha": 6, "rank_pattern": LAYERS, "alpha_pattern": {"query": 5}}),
+    "lokr": (peft.LoKrConfig, {"r": 2, "alpha": 6, "rank_pattern": {"query": 8}, "decompose_both": True}),
+    "lokr, factor": (peft.LoKrConfig, {"r": 2, "alpha": 6, "decompose_factor": 3, "init_weights": "lycoris"}),
 }
-LYCORIS = (peft.LoHaConfig,)  # PEFT has these on nn.Linear only
+LYCORIS = (peft.LoHaConfig, peft.LoKrConfig)  # PEFT has these on nn.Linear only
 PAIRS = [(k, c) for k in MODELS for c, (make, _) in CASES.items() if k == "bert" or make not in LYCORIS]
 
 
@@ -69,7 +71,7 @@ def test_load_reads_what_peft_saved(kind, case, tmp_path):
     assert far(logits(peft.PeftModel.from_pretrained(plain, tmp_path / "again").eval()), want) < 1e-5
 
 
-@pytest.mark.parametrize("spelling", ("lora", "rslora", "dora", "dora+rslora", "vera", "ia3", "adalora", "loha"))
+@pytest.mark.parametrize("spelling", ("lora", "rslora", "dora", "dora+rslora", "vera", "ia3", "adalora", "loha", "lokr"))
 def test_ours_comes_back_from_peft_as_it_was(spelling, tmp_path):
     """The same variant and, where the scale is not folded into a gate, the same numbers."""
     adapted = adapt("bert", spelling)

@@ -22,6 +22,7 @@ FAST = {
     "bitfit": {},
     "loha": {"rank": 2},  # of rank 4 as a pair
     "loha+dora": {"rank": 2},
+    "lokr": {"rank": 4},
 }
 
 
