@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn
@@ -85,13 +86,13 @@ class LowRank(Elastic):
     def drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., d_in] -> [..., d_out], through the factors, in their dtype."""
+    def forward(self, x: Tensor, through: Callable[[Tensor, Tensor, Tensor], Tensor] = linear) -> Tensor:
+        """x [..., d_in] -> [..., d_out], through the factors, in their dtype: through(x, A, B), linear in B A."""
         b, a = self.factors()
         if self.A_past is None or not (self.dropout and self.training):
-            return linear(self.drop(x), a, b)
+            return through(self.drop(x), a, b)
         r = a.shape[0] - self.A_past.shape[0]  # the past is frozen, so like the base it sees all of x
-        return linear(self.drop(x), a[:r], b[:, :r]) + linear(x, a[r:], b[:, r:])
+        return through(self.drop(x), a[:r], b[:, :r]) + through(x, a[r:], b[:, r:])
 
     @torch.no_grad()
     def fresh(self) -> None:

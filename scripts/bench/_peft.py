@@ -115,6 +115,11 @@ def ia3(model: Any, c: Any, names: list[str], total: int) -> Side:
     return plain(peft.get_peft_model(model, peft.IA3Config(**common(model, names), feedforward_modules=second)))
 
 
+@counterpart("PEFT HiRA", "hira", "PEFT multiplies by W0 and by the update; ours once, by their sum")
+def hira(model: Any, c: Any, names: list[str], total: int) -> Side:
+    return plain(peft.get_peft_model(model, peft.HiraConfig(r=c.rank, hira_dropout=c.dropout, **common(model, names))))
+
+
 def lycoris(model: Any, make: Any, c: Any, names: list[str], **more: Any) -> Side:
     options = {"r": c.rank, "alpha": c.alpha, "rank_dropout": c.rank_dropout, "module_dropout": c.module_dropout}
     return plain(peft.get_peft_model(model, make(**options, **common(model, names), **more)))

@@ -21,7 +21,7 @@ TARGETS = {
 }
 SECOND = {"bert": ["output.dense"], "gpt2": ["c_proj"]}
 RANK, ALPHA = 4, 12
-VARIANTS = ("lora", "rslora", "dora", "vera", "ia3", "loha", "lokr")
+VARIANTS = ("lora", "rslora", "dora", "vera", "ia3", "loha", "lokr", "hira")
 LYCORIS = {"loha": peft.LoHaConfig, "lokr": peft.LoKrConfig}
 SPLIT = {"rank": 2, "decompose_both": True}  # in some layers W1 is one matrix, in some two
 CASES = [(k, v) for k in KINDS for v in VARIANTS if k == "bert" or v not in LYCORIS]  # PEFT has those on nn.Linear only
@@ -49,7 +49,7 @@ def ours(kind, variant, **options):
     options = {"target_modules": TARGETS[kind], "trained_modules": [], "seed": 1, **options}
     if variant == "ia3":
         return attach(copy.deepcopy(base(kind)), "ia3", **{"feedforward_modules": SECOND[kind], **options})
-    alpha = {} if variant == "vera" else {"alpha": ALPHA}
+    alpha = {} if variant in ("vera", "hira") else {"alpha": ALPHA}
     own = SPLIT if variant == "lokr" else {}
     return attach(copy.deepcopy(base(kind)), variant, **{"rank": RANK, **alpha, **own, **options})
 
@@ -62,8 +62,8 @@ def theirs(kind, variant, **options):
         config = LYCORIS[variant](alpha=ALPHA, **own, **options)
     elif variant == "ia3":
         config = peft.IA3Config(**{"feedforward_modules": SECOND[kind], **options})
-    elif variant == "vera":
-        config = peft.VeraConfig(r=RANK, **options)
+    elif variant in ("vera", "hira"):
+        config = {"vera": peft.VeraConfig, "hira": peft.HiraConfig}[variant](r=RANK, **options)
     else:
         how = {"use_rslora": variant == "rslora", "use_dora": variant == "dora"}
         config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, **how, **options)
@@ -79,6 +79,8 @@ def pairs(adapted, model, variant):
             found += [(d.b, layer.vera_lambda_b["default"]), (d.d, layer.vera_lambda_d["default"])]
         elif variant == "ia3":
             found += [(d.l, layer.ia3_l["default"])]
+        elif variant == "hira":
+            found += [(d.hadamard.A, layer.hira_A["default"]), (d.hadamard.B, layer.hira_B["default"])]
         elif variant in LYCORIS:
             own = [(getattr(d, here), getattr(layer, there)) for here, there in d.names.items()]
             found += [(p, q["default"]) for p, q in own if p is not None]

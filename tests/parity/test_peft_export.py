@@ -17,6 +17,7 @@ peft = pytest.importorskip("peft")
 TYPES = {"vera": "VERA", "ia3": "IA3", "adalora": "ADALORA", "adalora+pissa": "ADALORA", "adalora+rslora": "ADALORA"}
 LORA = "lora rslora dora pissa eva lora_ga lora_plus lora_pro relora gelora dora+pissa dora+adalora dora+rslora dora+eva"
 TYPES |= dict.fromkeys(LORA.split(), "LORA")
+TYPES |= dict.fromkeys(("hira", "hira+lora_plus", "hira+adalora"), "HIRA")
 LYCORIS = {"loha": "LOHA", "lokr": "LOKR"}  # PEFT has these on nn.Linear only
 TYPES |= LYCORIS
 PAIRS = [(s, list(MODELS)[i // 3 % 2]) for i, s in enumerate(sized(2, 2)) if i % 3 == 0 or s in TYPES]
@@ -54,7 +55,7 @@ def test_the_names_that_peft_has_are_known_here():
     assert {s for s in TYPES if "+" not in s} <= set(sized(1, 1)) and {s for s in TYPES if "+" in s} <= set(sized(2, 2))
 
 
-@pytest.mark.parametrize("spelling", ("lora", "rslora", "dora", "adalora", "dora+adalora"))
+@pytest.mark.parametrize("spelling", ("lora", "rslora", "dora", "adalora", "dora+adalora", "hira", "hira+adalora"))
 def test_anchors_pasts_gates_and_layers_without_rank(spelling, tmp_path):
     """Whatever a pair of factors may have become."""
     adapted = adapt("bert", spelling)
@@ -66,6 +67,14 @@ def test_anchors_pasts_gates_and_layers_without_rank(spelling, tmp_path):
         lows[2].keep(torch.tensor([], dtype=torch.long))
         lows[3].keep(torch.tensor([0, 2]))
     check(adapted, tmp_path / "a")
+
+
+def test_hira_of_several_ranks_has_the_largest_in_peft(tmp_path):
+    """PEFT ignores HiRA's rank_pattern when it loads."""
+    adapted = adapt("bert", "hira", rank_pattern={"encoder.layer.0.intermediate.dense": 2, "query": 6}, dropout=0.25)
+    check(adapted, tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config["r"] == 6 and "rank_pattern" not in config and config["hira_dropout"] == 0.25
 
 
 @pytest.mark.parametrize("spelling", LYCORIS)
@@ -105,7 +114,7 @@ def test_dora_on_rows_of_zeros(tmp_path):
     assert far(logits(load(bare(adapted), tmp_path / "a").eval()), logits(adapted)) < 1e-5
 
 
-@pytest.mark.parametrize("spelling", ("lora", "dora", "vera", "ia3", "adalora"))
+@pytest.mark.parametrize("spelling", ("lora", "dora", "vera", "ia3", "adalora", "hira"))
 def test_linear_and_conv1d_in_one_model(spelling, tmp_path):
     base = bert()
     dense = base.bert.encoder.layer[0].intermediate.dense
@@ -134,7 +143,7 @@ class Names(nn.Module):
         return self.head(torch.tanh(self.fc(x)))
 
 
-@pytest.mark.parametrize("spelling", ("lora", "vera", "ia3", "adalora", "loha", "lokr"))
+@pytest.mark.parametrize("spelling", ("lora", "vera", "ia3", "adalora", "loha", "lokr", "hira"))
 def test_names_that_end_alike(spelling, tmp_path):
     x = torch.randn(3, 6)
     # IA3: both are targets, and PEFT's list of names to scale at the input would take both

@@ -26,6 +26,7 @@ CASES = {
     "vera, drawn": (peft.VeraConfig, {"r": 6, "projection_prng_key": 3, "save_projection": False}),
     "ia3": (peft.IA3Config, {}),
     "adalora": (peft.AdaLoraConfig, {"init_r": 5, "target_r": 2, "lora_alpha": 9, "total_step": 10}),
+    "hira": (peft.HiraConfig, {"r": 4, "hira_dropout": 0.25, "init_weights": "gaussian"}),
     "loha": (peft.LoHaConfig, {"r": 4, "alpha": 6, "rank_pattern": LAYERS, "alpha_pattern": {"query": 5}}),
     "lokr": (peft.LoKrConfig, {"r": 2, "alpha": 6, "rank_pattern": {"query": 8}, "decompose_both": True}),
     "lokr, factor": (peft.LoKrConfig, {"r": 2, "alpha": 6, "decompose_factor": 3, "init_weights": "lycoris"}),
@@ -71,10 +72,10 @@ def test_load_reads_what_peft_saved(kind, case, tmp_path):
     assert far(logits(peft.PeftModel.from_pretrained(plain, tmp_path / "again").eval()), want) < 1e-5
 
 
-@pytest.mark.parametrize("spelling", ("lora", "rslora", "dora", "dora+rslora", "vera", "ia3", "adalora", "loha", "lokr"))
+@pytest.mark.parametrize("spelling", ("lora", "rslora", "dora", "dora+rslora", "vera", "ia3", "adalora", "loha", "lokr", "hira"))
 def test_ours_comes_back_from_peft_as_it_was(spelling, tmp_path):
     """The same variant and, where the scale is not folded into a gate, the same numbers."""
-    adapted = adapt("bert", spelling)
+    adapted = adapt("bert", spelling, **({"alpha": None} if spelling == "hira" else {}))  # PEFT has no scale for it
     export_peft(adapted, tmp_path / "a")
     again = load(bare(adapted), tmp_path / "a").eval()
     assert again.variant == spelling and far(logits(again), logits(adapted)) < 1e-5
