@@ -52,3 +52,39 @@ def hadamard(b1: Tensor, a1: Tensor, b2: Tensor, a2: Tensor) -> tuple[Tensor, Te
 
 def divisors(n: int) -> list[int]:
     return [k for k in range(1, n + 1) if n % k == 0]
+def skew(upper: Tensor, size: int) -> Tensor:
+    """[..., size (size - 1) / 2], the entries above the diagonal row by row -> S [..., size, size] with S^T = -S."""
+    rows, columns = torch.triu_indices(size, size, 1, device=upper.device)
+    s = upper.new_zeros(*upper.shape[:-1], size, size)
+    s[..., rows, columns] = upper
+    return s - s.mT
+
+
+def upper(s: Tensor) -> Tensor:
+    """What skew() made S of."""
+    rows, columns = torch.triu_indices(s.shape[-1], s.shape[-1], 1, device=s.device)
+    return s[..., rows, columns]
+
+
+def cayley(s: Tensor, terms: int | None = None) -> Tensor:
+    """(I + S)(I - S)^-1, a rotation for every skew S [..., n, n]; its inverse is that of -S.
+
+    terms: its Neumann series, cut to I + 2 S + ... + 2 S^(terms - 2) + S^(terms - 1): no solve, and nearly a rotation
+    while S is small."""
+    eye = torch.eye(s.shape[-1], dtype=s.dtype, device=s.device)
+    if terms is None:
+        return torch.linalg.solve(eye - s, eye + s)  # the two commute
+    total, power = eye + 2 * s, s
+    for _ in range(terms - 3):
+        power = power @ s
+        total = total + 2 * power
+    return total + power @ s
+
+
+def blockwise(x: Tensor, blocks: Tensor) -> Tensor:
+    """x [..., n b] times the block-diagonal matrix of blocks [n or 1, b, b], row by row."""
+    b = blocks.shape[-1]
+    rows = x.unflatten(-1, (-1, b))
+    if len(blocks) == 1:
+        return (rows @ blocks[0]).flatten(-2)
+    return torch.einsum("...nk,nkc->...nc", rows, blocks).flatten(-2)

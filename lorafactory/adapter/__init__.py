@@ -7,6 +7,7 @@ from .low_rank import LowRank
 from .part import Decomposition, Init, Part, Stage, Step, Structure
 from .peft import Peft
 from .site import Base, Site
+from .turned import Turned
 
 __all__ = [
     "Adapter",
@@ -23,6 +24,7 @@ __all__ = [
     "Stage",
     "Step",
     "Structure",
+    "Turned",
     "Wrapper",
     "exact",
     "kronecker",

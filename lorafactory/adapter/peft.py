@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from ..errors import UserError
+from .site import is_transposed
 
 A, B = "lora_A.weight", "lora_B.weight"  # the plain pair's names in a layer of PEFT's
 V = TypeVar("V")
@@ -74,3 +75,10 @@ def common(values: dict[str, V]) -> tuple[V, dict[str, V]]:
     """Layer -> value as one default and a pattern table for the layers that differ."""
     most = Counter(values.values()).most_common(1)[0][0]
     return most, {exactly(n): v for n, v in values.items() if v != most}
+
+
+def only_linear(name: str, sites: Any) -> None:
+    """Raises UserError where a layer is none that PEFT has this method for."""
+    for s in sites:
+        if is_transposed(s.base.module):
+            raise UserError(f"PEFT has {name} for nn.Linear alone, and {s.name} is a Conv1D")

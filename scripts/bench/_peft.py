@@ -134,6 +134,13 @@ def loha(model: Any, c: Any, names: list[str], total: int) -> Side:
 def lokr(model: Any, c: Any, names: list[str], total: int) -> Side:
     more = {"decompose_both": c.decompose_both, "decompose_factor": c.decompose_factor}
     return lycoris(model, peft.LoKrConfig, c, names, **more)
+@counterpart("PEFT OFT", "oft", "PEFT writes the blocks out where one is shared")
+def oft(model: Any, c: Any, names: list[str], total: int) -> Side:
+    series = {"use_cayley_neumann": c.terms is not None} | ({"num_cayley_neumann_terms": c.terms} if c.terms else {})
+    bound = {"coft": True, "eps": c.epsilon} if c.epsilon else {}
+    options = peft.OFTConfig(oft_block_size=c.block_size, block_share=c.block_share, module_dropout=c.dropout,
+                             **series, **bound, **common(model, names))  # fmt: skip
+    return plain(peft.get_peft_model(model, options))
 
 
 @counterpart("PEFT AdaLoRA", "adalora", "PEFT averages norms in its penalty, ours sums their squares, as the paper")

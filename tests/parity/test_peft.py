@@ -4,45 +4,23 @@ Where PEFT does otherwise than the paper a test below pins the paper's form: dro
 scales when nobody names them."""
 
 import copy
-from functools import cache
 
 import pytest
 import torch
+from peft_base import TARGETS, base, near, output
 from support import close, linear_sites, perturb
-from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, Qwen2Config, Qwen2Model
+from transformers import BertConfig, BertModel, Qwen2Config, Qwen2Model
 
 from lorafactory import attach
 
 peft = pytest.importorskip("peft")
 KINDS = ("bert", "gpt2")
-TARGETS = {
-    "bert": ["query", "value", "intermediate.dense", "output.dense"],  # square, tall and wide
-    "gpt2": ["c_attn", "c_fc", "c_proj"],
-}
 SECOND = {"bert": ["output.dense"], "gpt2": ["c_proj"]}
 RANK, ALPHA = 4, 12
 VARIANTS = ("lora", "rslora", "dora", "vera", "ia3", "loha", "lokr", "hira")
 LYCORIS = {"loha": peft.LoHaConfig, "lokr": peft.LoKrConfig}
 SPLIT = {"rank": 2, "decompose_both": True}  # in some layers W1 is one matrix, in some two
 CASES = [(k, v) for k in KINDS for v in VARIANTS if k == "bert" or v not in LYCORIS]  # PEFT has those on nn.Linear only
-
-
-@cache
-def base(kind):
-    """Wide initial weights, else so small a model hardly tells its inputs apart; no dropout of its own."""
-    torch.manual_seed(0)
-    if kind == "bert":
-        sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
-        off = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-        model = BertModel(BertConfig(vocab_size=50, initializer_range=0.2, **sizes, **off))
-    else:
-        off = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-        model = GPT2Model(GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=2, initializer_range=0.15, **off))
-    with torch.no_grad():
-        for n, p in model.named_parameters():
-            if n.endswith("bias"):  # zero at first, and what is scaled wrongly would not show
-                p.normal_(0, 0.2)
-    return model
 
 
 def ours(kind, variant, **options):
@@ -121,6 +99,8 @@ def output(model, x):
 
 
 @pytest.mark.parametrize("kind, variant", CASES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_outputs_gradients_and_merged_weights(kind, variant):
     a, b, found = both(kind, variant)
     x, y = torch.randn(3, 7, 32, requires_grad=True), torch.randn(3, 7, 32)

@@ -25,6 +25,9 @@ CASES = {
     "vera": (peft.VeraConfig, {"r": 6, "projection_prng_key": 3}),
     "vera, drawn": (peft.VeraConfig, {"r": 6, "projection_prng_key": 3, "save_projection": False}),
     "ia3": (peft.IA3Config, {}),
+    "oft": (peft.OFTConfig, {"oft_block_size": 4, "use_cayley_neumann": False}),
+    "oft, series": (peft.OFTConfig, {"oft_block_size": 4, "num_cayley_neumann_terms": 6}),
+    "oft, constrained": (peft.OFTConfig, {"oft_block_size": 4, "coft": True, "eps": 0.5, "block_share": True}),
     "adalora": (peft.AdaLoraConfig, {"init_r": 5, "target_r": 2, "lora_alpha": 9, "total_step": 10}),
     "hira": (peft.HiraConfig, {"r": 4, "hira_dropout": 0.25, "init_weights": "gaussian"}),
     "loha": (peft.LoHaConfig, {"r": 4, "alpha": 6, "rank_pattern": LAYERS, "alpha_pattern": {"query": 5}}),
@@ -33,6 +36,8 @@ CASES = {
 }
 LYCORIS = (peft.LoHaConfig, peft.LoKrConfig)  # PEFT has these on nn.Linear only
 PAIRS = [(k, c) for k in MODELS for c, (make, _) in CASES.items() if k == "bert" or make not in LYCORIS]
+ONLY_LINEAR = ("oft",)  # PEFT has them for no Conv1D
+PAIRS = [(c, k) for c in CASES for k in MODELS if k == "bert" or c.partition(",")[0] not in ONLY_LINEAR]
 
 
 def from_peft(tmp_path, kind, make, **options):
@@ -43,6 +48,7 @@ def from_peft(tmp_path, kind, make, **options):
     options |= {"feedforward_modules": SECOND[kind]} if make is peft.IA3Config else {}
     options |= {"fan_in_fan_out": kind == "gpt2"} if make not in LYCORIS else {}
     head = ["classifier"] if kind == "bert" else ["score"]
+    options |= {"fan_in_fan_out": True} if kind == "gpt2" else {}
     made = make(target_modules=targets, modules_to_save=head, **options)
     theirs = peft.get_peft_model(copy.deepcopy(model), made).eval()
     perturb(theirs, 0.3)
@@ -53,6 +59,7 @@ def from_peft(tmp_path, kind, make, **options):
 
 
 @pytest.mark.parametrize("kind, case", PAIRS)
+@pytest.mark.parametrize("case, kind", PAIRS)
 @pytest.mark.filterwarnings("ignore:The following:RuntimeWarning")
 def test_load_reads_what_peft_saved(kind, case, tmp_path):
     """Then: saved as ours, and exported again."""
@@ -73,6 +80,7 @@ def test_load_reads_what_peft_saved(kind, case, tmp_path):
 
 
 @pytest.mark.parametrize("spelling", ("lora", "rslora", "dora", "dora+rslora", "vera", "ia3", "adalora", "loha", "lokr", "hira"))
+@pytest.mark.parametrize("spelling", ("lora", "rslora", "dora", "dora+rslora", "vera", "ia3", "adalora", "oft"))
 def test_ours_comes_back_from_peft_as_it_was(spelling, tmp_path):
     """The same variant and, where the scale is not folded into a gate, the same numbers."""
     adapted = adapt("bert", spelling, **({"alpha": None} if spelling == "hira" else {}))  # PEFT has no scale for it

@@ -23,6 +23,7 @@ FAST = {
     "loha": {"rank": 2},  # of rank 4 as a pair
     "loha+dora": {"rank": 2},
     "lokr": {"rank": 4},
+    "oft": {"block_size": 29},
 }
 
 

@@ -1,0 +1,93 @@
+"""HF PEFT's own methods beside LoRA's kin, on the same weights, numbers and inputs: outputs, gradients, merged weights."""
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from peft_base import TARGETS, base, near, output
+from support import close, linear_sites, perturb
+
+from lorafactory import attach, linalg
+
+peft = pytest.importorskip("peft")
+
+
+@dataclass
+class Case:
+    """One method on both sides. pair(our delta, PEFT's layer): (our parameter, PEFT's, how ours is written in theirs,
+    how their gradient is written in ours) of everything that trains."""
+
+    variant: str
+    config: Any
+    pair: Any
+    ours: dict = field(default_factory=dict)
+    theirs: dict = field(default_factory=dict)
+    size: float = 0.5
+
+
+def same(p):
+    return p
+
+
+def oft(sign):
+    return lambda d, layer: [(d.q, layer.oft_R["default"].weight, lambda q: sign * q, lambda g: sign * g)]
+
+
+CASES = {
+    "oft": Case("oft", "OFTConfig", oft(-1), {"block_size": 8}, {"oft_block_size": 8, "use_cayley_neumann": False}),
+    "oft, series": Case("oft", "OFTConfig", oft(1), {"block_size": 8, "terms": 5}, {"oft_block_size": 8}),
+    "oft, longer series": Case("oft", "OFTConfig", oft(1), {"block_size": 8, "terms": 7},
+                               {"oft_block_size": 8, "num_cayley_neumann_terms": 7}),
+    "oft, shared": Case("oft", "OFTConfig", oft(1), {"block_size": 16, "terms": 5, "block_share": True},
+                        {"oft_block_size": 16, "block_share": True}),
+}  # fmt: skip
+
+
+def both(case):
+    """The two on one BERT of square, tall and wide layers, perturbed alike."""
+    c = CASES[case]
+    options = {"target_modules": TARGETS["bert"], "trained_modules": [], "seed": 1}
+    a = attach(copy.deepcopy(base("bert")), c.variant, **options, **c.ours).train()
+    made = getattr(peft, c.config)(target_modules=TARGETS["bert"], **c.theirs)
+    b = peft.get_peft_model(copy.deepcopy(base("bert")), made).train()
+    perturb(a.adapter, c.size)
+    found = [t for s, d in linear_sites(a) for t in c.pair(d, b.get_submodule(f"base_model.model.{s.name}"))]
+    assert {id(p) for p in a.adapter.parameters()} == {id(t[0]) for t in found}
+    assert {id(p) for p in b.parameters() if p.requires_grad} == {id(t[1]) for t in found}
+    with torch.no_grad():
+        for p, q, there, _ in found:
+            q.copy_(there(p))
+    return a, b, found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_outputs_gradients_and_merged_weights(case):
+    a, b, found = both(case)
+    x, y = torch.randn(3, 7, 32, requires_grad=True), torch.randn(3, 7, 32)
+    z = x.detach().clone().requires_grad_()
+    got, want = output(a, x), output(b, z)
+    assert near(got, want) and not close(got, output(base("bert"), x), 100)
+    (got * y).sum().backward()
+    (want * y).sum().backward()
+    assert near(x.grad, z.grad)
+    for p, q, _, here in found:
+        assert q.grad.any() and near(p.grad, here(q.grad))
+    a.eval().merge()
+    b.eval().merge_adapter()
+    assert near(output(a, x), output(b, x)) and near(output(a, x), got)
+    layers = [(s.base.module, b.get_submodule(f"base_model.model.{s.name}").get_base_layer()) for s, _ in linear_sites(a)]
+    assert len(layers) > 6
+    for here, there in layers:
+        assert near(here.weight, there.weight) and near(here.bias, there.bias)
+
+
+def test_peft_s_two_rotations_are_each_other_s_inverse():
+    """Its exact R against its series, for one small q; ours are one function either way."""
+    module = peft.tuners.oft.layer.OFTRotationModule(1, 28, 8, 8)
+    q = 0.01 * torch.randn(1, 28)
+    series, exact = module._cayley_batch(q, 8, True, 9), module._cayley_batch(q, 8, False)
+    assert near(series, exact.mT) and not near(series, exact)
+    s = linalg.skew(q, 8)
+    assert near(linalg.cayley(s), series) and near(linalg.cayley(s, 9), series)
