@@ -111,7 +111,7 @@ class Adapter(nn.Module):
 
     @property
     def has_penalty(self) -> bool:
-        return any(type(p).penalty is not Part.penalty for p in self.all_parts())
+        return any(p.penalises() for p in self.all_parts())
 
     def penalty(self) -> Tensor | float:
         return sum(self._each("penalty"))

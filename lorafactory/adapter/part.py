@@ -109,6 +109,10 @@ class Part(nn.Module):
         """Added to the loss, in the same backward pass; clears the auxiliary losses that forward stored."""
         return 0.0
 
+    def penalises(self) -> bool:
+        """Whether penalty() adds anything under these options."""
+        return type(self).penalty is not Part.penalty
+
     def before_step(self, step: Step) -> None:
         """Gradients are averaged and not yet clipped."""
 
@@ -157,6 +161,12 @@ class Structure(Part):
 
     def build(self, site: Site, make: Make) -> Delta | None:
         raise NotImplementedError
+
+    def one_rank(self, state: dict[str, Tensor], kind: type, name: str, dim: int) -> list[str]:
+        """Complains where the tensors of this name have not one length along dim, in all deltas of a kind."""
+        found = {n: state[f"{n}.{name}"].shape[dim] for n, m in self.adapter.named_modules() if isinstance(m, kind)}
+        usual = max(found.values(), key=list(found.values()).count, default=0)
+        return [f"{n}.{name} has rank {r}, the others {usual}" for n, r in found.items() if r != usual]
 
 
 class Decomposition(Part):

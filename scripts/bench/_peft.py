@@ -143,6 +143,11 @@ def oft(model: Any, c: Any, names: list[str], total: int) -> Side:
     return plain(peft.get_peft_model(model, options))
 
 
+@counterpart("PEFT HRA", "hra", "PEFT forms the chain as a [d_in, d_in] matrix and multiplies the base by it")
+def hra(model: Any, c: Any, names: list[str], total: int) -> Side:
+    return plain(peft.get_peft_model(model, peft.HRAConfig(r=c.rank, apply_GS=c.orthonormal, **common(model, names))))
+
+
 @counterpart("PEFT AdaLoRA", "adalora", "PEFT averages norms in its penalty, ours sums their squares, as the paper")
 def adalora(model: Any, c: Any, names: list[str], total: int) -> Side:
     b = c.budget

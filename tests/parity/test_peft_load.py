@@ -28,6 +28,9 @@ CASES = {
     "oft": (peft.OFTConfig, {"oft_block_size": 4, "use_cayley_neumann": False}),
     "oft, series": (peft.OFTConfig, {"oft_block_size": 4, "num_cayley_neumann_terms": 6}),
     "oft, constrained": (peft.OFTConfig, {"oft_block_size": 4, "coft": True, "eps": 0.5, "block_share": True}),
+    "hra": (peft.HRAConfig, {"r": 4}),
+    "hra, odd": (peft.HRAConfig, {"r": 3}),
+    "hra, orthonormal": (peft.HRAConfig, {"r": 3, "apply_GS": True}),
     "adalora": (peft.AdaLoraConfig, {"init_r": 5, "target_r": 2, "lora_alpha": 9, "total_step": 10}),
     "hira": (peft.HiraConfig, {"r": 4, "hira_dropout": 0.25, "init_weights": "gaussian"}),
     "loha": (peft.LoHaConfig, {"r": 4, "alpha": 6, "rank_pattern": LAYERS, "alpha_pattern": {"query": 5}}),
@@ -37,6 +40,7 @@ CASES = {
 LYCORIS = (peft.LoHaConfig, peft.LoKrConfig)  # PEFT has these on nn.Linear only
 PAIRS = [(k, c) for k in MODELS for c, (make, _) in CASES.items() if k == "bert" or make not in LYCORIS]
 ONLY_LINEAR = ("oft",)  # PEFT has them for no Conv1D
+ONLY_LINEAR = ("oft", "hra")  # PEFT has them for no Conv1D
 PAIRS = [(c, k) for c in CASES for k in MODELS if k == "bert" or c.partition(",")[0] not in ONLY_LINEAR]
 
 
@@ -81,6 +85,7 @@ def test_load_reads_what_peft_saved(kind, case, tmp_path):
 
 @pytest.mark.parametrize("spelling", ("lora", "rslora", "dora", "dora+rslora", "vera", "ia3", "adalora", "loha", "lokr", "hira"))
 @pytest.mark.parametrize("spelling", ("lora", "rslora", "dora", "dora+rslora", "vera", "ia3", "adalora", "oft"))
+@pytest.mark.parametrize("spelling", ("lora", "rslora", "dora", "dora+rslora", "vera", "ia3", "adalora", "oft", "hra"))
 def test_ours_comes_back_from_peft_as_it_was(spelling, tmp_path):
     """The same variant and, where the scale is not folded into a gate, the same numbers."""
     adapted = adapt("bert", spelling, **({"alpha": None} if spelling == "hira" else {}))  # PEFT has no scale for it

@@ -35,7 +35,12 @@ def oft(sign):
     return lambda d, layer: [(d.q, layer.oft_R["default"].weight, lambda q: sign * q, lambda g: sign * g)]
 
 
+def hra(d, layer):
+    return [(d.U, layer.hra_u["default"], same, same)]
+
+
 CASES = {
+    "hra": Case("hra", "HRAConfig", hra, {"rank": 6}, {"r": 6}),
     "oft": Case("oft", "OFTConfig", oft(-1), {"block_size": 8}, {"oft_block_size": 8, "use_cayley_neumann": False}),
     "oft, series": Case("oft", "OFTConfig", oft(1), {"block_size": 8, "terms": 5}, {"oft_block_size": 8}),
     "oft, longer series": Case("oft", "OFTConfig", oft(1), {"block_size": 8, "terms": 7},

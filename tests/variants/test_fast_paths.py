@@ -24,6 +24,7 @@ FAST = {
     "loha+dora": {"rank": 2},
     "lokr": {"rank": 4},
     "oft": {"block_size": 29},
+    "hra": {"rank": 4},
 }
 
 
