@@ -90,6 +90,10 @@ class StructureConfig(Named):
         if self.name:
             check(self)
 
+    def gives(self) -> frozenset[str]:
+        """The capability words under these options: the structure's, less what an option takes away."""
+        return self.owner.gives  # type: ignore[attr-defined]
+
 
 CONFIGS: dict[str, type[Named]] = {
     "structure": StructureConfig,
@@ -224,10 +228,11 @@ def check(cfg: Any) -> None:
         for q in (structure, *parts):
             if clash := sorted(p.minds & q.does):
                 raise UserError(f"{p.name!r} does not work with {q.name!r} ({', '.join(clash)}): drop one of them")
-        if lack := sorted(p.needs - structure.gives):
+        if lack := sorted(p.needs - cfg.gives()):
+            so = " under these options" if p.needs <= structure.gives else ""
             able = [n for n in names("structure") if p.needs <= _classes[n].gives]  # type: ignore[attr-defined]
             raise UserError(
-                f"{p.name!r} needs a structure with {', '.join(lack)}, which {structure.name!r} has not; "
+                f"{p.name!r} needs a structure with {', '.join(lack)}, which {structure.name!r} has not{so}; "
                 f"these have: {', '.join(able)}"
             )
 

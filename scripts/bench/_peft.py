@@ -148,6 +148,12 @@ def hra(model: Any, c: Any, names: list[str], total: int) -> Side:
     return plain(peft.get_peft_model(model, peft.HRAConfig(r=c.rank, apply_GS=c.orthonormal, **common(model, names))))
 
 
+@counterpart("PEFT MiSS", "miss")
+def miss(model: Any, c: Any, names: list[str], total: int) -> Side:
+    form = {"init_weights": "bat"} if c.bat else {"init_weights": "mini", "mini_r": c.tile} if c.tile else {}
+    return plain(peft.get_peft_model(model, peft.MissConfig(r=c.rank, miss_dropout=c.dropout, **form, **common(model, names))))
+
+
 @counterpart("PEFT AdaLoRA", "adalora", "PEFT averages norms in its penalty, ours sums their squares, as the paper")
 def adalora(model: Any, c: Any, names: list[str], total: int) -> Side:
     b = c.budget

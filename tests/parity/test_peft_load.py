@@ -31,6 +31,9 @@ CASES = {
     "hra": (peft.HRAConfig, {"r": 4}),
     "hra, odd": (peft.HRAConfig, {"r": 3}),
     "hra, orthonormal": (peft.HRAConfig, {"r": 3, "apply_GS": True}),
+    "miss": (peft.MissConfig, {"r": 7}),
+    "miss, mini": (peft.MissConfig, {"r": 4, "init_weights": "mini", "mini_r": 8}),
+    "miss, bat": (peft.MissConfig, {"r": 4, "init_weights": "bat"}),
     "adalora": (peft.AdaLoraConfig, {"init_r": 5, "target_r": 2, "lora_alpha": 9, "total_step": 10}),
     "hira": (peft.HiraConfig, {"r": 4, "hira_dropout": 0.25, "init_weights": "gaussian"}),
     "loha": (peft.LoHaConfig, {"r": 4, "alpha": 6, "rank_pattern": LAYERS, "alpha_pattern": {"query": 5}}),
@@ -41,6 +44,7 @@ LYCORIS = (peft.LoHaConfig, peft.LoKrConfig)  # PEFT has these on nn.Linear only
 PAIRS = [(k, c) for k in MODELS for c, (make, _) in CASES.items() if k == "bert" or make not in LYCORIS]
 ONLY_LINEAR = ("oft",)  # PEFT has them for no Conv1D
 ONLY_LINEAR = ("oft", "hra")  # PEFT has them for no Conv1D
+ONLY_LINEAR = ("oft", "hra", "miss")  # PEFT has them for no Conv1D
 PAIRS = [(c, k) for c in CASES for k in MODELS if k == "bert" or c.partition(",")[0] not in ONLY_LINEAR]
 
 
@@ -86,6 +90,7 @@ def test_load_reads_what_peft_saved(kind, case, tmp_path):
 @pytest.mark.parametrize("spelling", ("lora", "rslora", "dora", "dora+rslora", "vera", "ia3", "adalora", "loha", "lokr", "hira"))
 @pytest.mark.parametrize("spelling", ("lora", "rslora", "dora", "dora+rslora", "vera", "ia3", "adalora", "oft"))
 @pytest.mark.parametrize("spelling", ("lora", "rslora", "dora", "dora+rslora", "vera", "ia3", "adalora", "oft", "hra"))
+@pytest.mark.parametrize("spelling", ("lora", "rslora", "dora", "dora+rslora", "vera", "ia3", "adalora", "oft", "hra", "miss"))
 def test_ours_comes_back_from_peft_as_it_was(spelling, tmp_path):
     """The same variant and, where the scale is not folded into a gate, the same numbers."""
     adapted = adapt("bert", spelling, **({"alpha": None} if spelling == "hira" else {}))  # PEFT has no scale for it

@@ -39,7 +39,15 @@ def hra(d, layer):
     return [(d.U, layer.hra_u["default"], same, same)]
 
 
+def miss(d, layer):
+    return [(d.D, layer.miss_block["default"], same, same)]
+
+
 CASES = {
+    "miss": Case("miss", "MissConfig", miss, {"rank": 8}, {"r": 8}),
+    "miss, a shard that is not whole": Case("miss", "MissConfig", miss, {"rank": 7}, {"r": 7}),
+    "miss, mini": Case("miss", "MissConfig", miss, {"rank": 8, "tile": 4}, {"r": 8, "mini_r": 4, "init_weights": "mini"}),
+    "miss, bat": Case("miss", "MissConfig", miss, {"rank": 8, "bat": True}, {"r": 8, "init_weights": "bat"}),
     "hra": Case("hra", "HRAConfig", hra, {"rank": 6}, {"r": 6}),
     "oft": Case("oft", "OFTConfig", oft(-1), {"block_size": 8}, {"oft_block_size": 8, "use_cayley_neumann": False}),
     "oft, series": Case("oft", "OFTConfig", oft(1), {"block_size": 8, "terms": 5}, {"oft_block_size": 8}),

@@ -25,6 +25,8 @@ FAST = {
     "lokr": {"rank": 4},
     "oft": {"block_size": 29},
     "hra": {"rank": 4},
+    "miss": {"rank": 4},
+    "miss+dora": {"rank": 4},
 }
 
 
