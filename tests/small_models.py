@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import torch
-from support import needs_head, perturb, small
+from support import needs_head, on_linear, perturb, small
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 
 from lorafactory import Adapted, attach, registry
@@ -47,7 +47,8 @@ def adapt(kind: str, spelling: str, **options: Any) -> Adapted:
     base, targets = MODELS[kind]
     torch.manual_seed(0)
     made = {k: v for k, v in small(spelling).items() if k != "trained_modules"}
-    if not needs_head(registry.parse(spelling)[0].name):
+    structure = registry.parse(spelling)[0].name
+    if on_linear(structure) and not needs_head(structure):
         made["target_modules"] = targets
     made |= options
     adapted = attach(base(), spelling, batches=BATCHES, seed=1, **made).eval()

@@ -197,6 +197,11 @@ def needs_head(structure: str) -> bool:
         return "would train nothing" in str(e)
 
 
+def on_linear(structure: str) -> bool:
+    """Whether the structure's sites may be linear layers."""
+    return registry.get(structure).fits(nn.Linear(2, 2))
+
+
 def attached(spelling: str, base: nn.Module, data: Regression, seed: int = 5, **options: Any) -> Adapted:
     """A begun adapter on a copy of the base."""
     return attach(copy.deepcopy(base), spelling, batches=data, loss=loss, seed=seed, **small(spelling, **options))

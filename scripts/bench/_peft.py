@@ -154,6 +154,11 @@ def miss(model: Any, c: Any, names: list[str], total: int) -> Side:
     return plain(peft.get_peft_model(model, peft.MissConfig(r=c.rank, miss_dropout=c.dropout, **form, **common(model, names))))
 
 
+@counterpart("PEFT LN tuning", "ln_tuning")
+def ln_tuning(model: Any, c: Any, names: list[str], total: int) -> Side:
+    return plain(peft.get_peft_model(model, peft.LNTuningConfig(**common(model, names))))
+
+
 @counterpart("PEFT AdaLoRA", "adalora", "PEFT averages norms in its penalty, ours sums their squares, as the paper")
 def adalora(model: Any, c: Any, names: list[str], total: int) -> Side:
     b = c.budget

@@ -7,7 +7,7 @@ import tempfile
 import pytest
 import torch
 import torch.nn as nn
-from support import Net, Regression, adamw, attached, cloned, close, loss, needs_head, perturb, same, small, train
+from support import Net, Regression, adamw, attached, cloned, close, loss, needs_head, on_linear, perturb, same, small, train
 
 from lorafactory import UserError, attach, registry
 
@@ -135,7 +135,7 @@ class Renamed(nn.Linear):
     """Computes what nn.Linear does."""
 
 
-@pytest.mark.parametrize("name", registry.names("structure"))
+@pytest.mark.parametrize("name", [n for n in registry.names("structure") if on_linear(n)])
 def test_what_only_looks_like_a_linear_layer(name):
     """A subclass with another forward and a computed weight: refused by name, left out of all-linear, or exact."""
     normed = nn.utils.parametrizations.weight_norm(nn.Linear(24, 24))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import Net, Regression, adamw, attached, loss, needs_head, small, told, train
+from support import Net, Regression, adamw, attached, loss, needs_head, on_linear, small, told, train
 
 from lorafactory import UserError, registry
 
@@ -19,6 +19,8 @@ OPTIONS = [
     for f in fields(registry.get(n).Config)
     if f.name not in ("name", *registry.PARTS)
 ]
+# of what is not linear the base has one layer: no choice
+CHOICE = [(n, o) for n, o in OPTIONS if o != "target_modules" or on_linear(registry.parse(n)[0].name)]
 
 
 def outcome(name: str, options: dict[str, Any]) -> tuple:
@@ -84,7 +86,7 @@ def guesses(name: str, option: str) -> list[Any]:
     return [v for v in numbers if v != value]
 
 
-@pytest.mark.parametrize("name, option", OPTIONS)
+@pytest.mark.parametrize("name, option", CHOICE)
 def test_option_acts_B12_B14(name, option):
     values, given = getattr(told(name), "CHANGES", {}).get(option, (None, {}))
     before = outcome(name, merged(name, **given))

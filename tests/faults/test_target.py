@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.nn as nn
 import transformers as tf
-from support import close, needs_head, perturb, same, small
+from support import close, needs_head, on_linear, perturb, same, small
 
 import lorafactory
 from lorafactory import UserError, attach, registry
 
-STRUCTURES = [n for n in registry.names("structure") if not needs_head(n)]
+STRUCTURES = [n for n in registry.names("structure") if on_linear(n) and not needs_head(n)]
 
 
 class Block(nn.Module):

@@ -34,6 +34,7 @@ CASES = {
     "miss": (peft.MissConfig, {"r": 7}),
     "miss, mini": (peft.MissConfig, {"r": 4, "init_weights": "mini", "mini_r": 8}),
     "miss, bat": (peft.MissConfig, {"r": 4, "init_weights": "bat"}),
+    "ln_tuning": (peft.LNTuningConfig, {"target_modules": r".*(LayerNorm|ln_\w)"}),
     "adalora": (peft.AdaLoraConfig, {"init_r": 5, "target_r": 2, "lora_alpha": 9, "total_step": 10}),
     "hira": (peft.HiraConfig, {"r": 4, "hira_dropout": 0.25, "init_weights": "gaussian"}),
     "loha": (peft.LoHaConfig, {"r": 4, "alpha": 6, "rank_pattern": LAYERS, "alpha_pattern": {"query": 5}}),
@@ -56,8 +57,8 @@ def from_peft(tmp_path, kind, make, **options):
     options |= {"feedforward_modules": SECOND[kind]} if make is peft.IA3Config else {}
     options |= {"fan_in_fan_out": kind == "gpt2"} if make not in LYCORIS else {}
     head = ["classifier"] if kind == "bert" else ["score"]
-    options |= {"fan_in_fan_out": True} if kind == "gpt2" else {}
-    made = make(target_modules=targets, modules_to_save=head, **options)
+    options |= {"fan_in_fan_out": True} if kind == "gpt2" and "fan_in_fan_out" in make.__dataclass_fields__ else {}
+    made = make(**{"target_modules": targets, "modules_to_save": head, **options})
     theirs = peft.get_peft_model(copy.deepcopy(model), made).eval()
     perturb(theirs, 0.3)
     theirs.save_pretrained(tmp_path / "p")
@@ -91,6 +92,7 @@ def test_load_reads_what_peft_saved(kind, case, tmp_path):
 @pytest.mark.parametrize("spelling", ("lora", "rslora", "dora", "dora+rslora", "vera", "ia3", "adalora", "oft"))
 @pytest.mark.parametrize("spelling", ("lora", "rslora", "dora", "dora+rslora", "vera", "ia3", "adalora", "oft", "hra"))
 @pytest.mark.parametrize("spelling", ("lora", "rslora", "dora", "dora+rslora", "vera", "ia3", "adalora", "oft", "hra", "miss"))
+@pytest.mark.parametrize("spelling", ("lora", "rslora", "dora", "dora+rslora", "vera", "ia3", "adalora", "oft", "hra", "miss", "ln_tuning"))
 def test_ours_comes_back_from_peft_as_it_was(spelling, tmp_path):
     """The same variant and, where the scale is not folded into a gate, the same numbers."""
     adapted = adapt("bert", spelling, **({"alpha": None} if spelling == "hira" else {}))  # PEFT has no scale for it

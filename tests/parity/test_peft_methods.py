@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft_base import TARGETS, base, near, output
-from support import close, linear_sites, perturb
+from support import close, perturb
 
 from lorafactory import attach, linalg
 
@@ -27,6 +27,9 @@ class Case:
     size: float = 0.5
 
 
+NORMS = {"target_modules": ["LayerNorm"]}
+
+
 def same(p):
     return p
 
@@ -43,7 +46,13 @@ def miss(d, layer):
     return [(d.D, layer.miss_block["default"], same, same)]
 
 
+def ln_tuning(d, layer):
+    theirs = dict(layer.ln_tuning_layers["default"].named_parameters())
+    return [(p, theirs[n], same, same) for n, p in d.module.named_parameters()]
+
+
 CASES = {
+    "ln_tuning": Case("ln_tuning", "LNTuningConfig", ln_tuning, NORMS, NORMS),
     "miss": Case("miss", "MissConfig", miss, {"rank": 8}, {"r": 8}),
     "miss, a shard that is not whole": Case("miss", "MissConfig", miss, {"rank": 7}, {"r": 7}),
     "miss, mini": Case("miss", "MissConfig", miss, {"rank": 8, "tile": 4}, {"r": 8, "mini_r": 4, "init_weights": "mini"}),
@@ -62,11 +71,12 @@ def both(case):
     """The two on one BERT of square, tall and wide layers, perturbed alike."""
     c = CASES[case]
     options = {"target_modules": TARGETS["bert"], "trained_modules": [], "seed": 1}
-    a = attach(copy.deepcopy(base("bert")), c.variant, **options, **c.ours).train()
-    made = getattr(peft, c.config)(target_modules=TARGETS["bert"], **c.theirs)
+    a = attach(copy.deepcopy(base("bert")), c.variant, **{**options, **c.ours}).train()
+    made = getattr(peft, c.config)(**{"target_modules": TARGETS["bert"], **c.theirs})
     b = peft.get_peft_model(copy.deepcopy(base("bert")), made).train()
     perturb(a.adapter, c.size)
-    found = [t for s, d in linear_sites(a) for t in c.pair(d, b.get_submodule(f"base_model.model.{s.name}"))]
+    found = [t for s in a.adapter.sites
+             for t in c.pair(a.adapter.deltas[s.key], b.get_submodule(f"base_model.model.{s.name}"))]
     assert {id(p) for p in a.adapter.parameters()} == {id(t[0]) for t in found}
     assert {id(p) for p in b.parameters() if p.requires_grad} == {id(t[1]) for t in found}
     with torch.no_grad():
@@ -90,8 +100,8 @@ def test_outputs_gradients_and_merged_weights(case):
     a.eval().merge()
     b.eval().merge_adapter()
     assert near(output(a, x), output(b, x)) and near(output(a, x), got)
-    layers = [(s.base.module, b.get_submodule(f"base_model.model.{s.name}").get_base_layer()) for s, _ in linear_sites(a)]
-    assert len(layers) > 6
+    layers = [(s.base.module, b.get_submodule(f"base_model.model.{s.name}").get_base_layer()) for s in a.adapter.sites]
+    assert len(layers) > 4
     for here, there in layers:
         assert near(here.weight, there.weight) and near(here.bias, there.bias)
 
