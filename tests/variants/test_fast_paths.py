@@ -27,6 +27,7 @@ FAST = {
     "hra": {"rank": 4},
     "miss": {"rank": 4},
     "miss+dora": {"rank": 4},
+    "krona": {},  # [1, 31] kron [29, 1]
 }
 
 
