@@ -27,7 +27,7 @@ class DoRADelta(Wrapper):
         """|V_i|^2 [d_out]. With V = W0 + B A, without forming B A: |W0_i|^2 + 2 <B_i, (W0 A^T)_i> + B_i A A^T B_i^T"""
         with torch.autocast(base.weight.device.type, enabled=False):
             factors = self.inner.factors()
-            if factors is None:
+            if factors is None or len(factors[1]) > min(base.shape):  # more ranks than V has: V itself is cheaper
                 return self.inner.weight(base).to(self.magnitude.dtype).square().sum(1)
             b, a = factors
             w = base.weight.to(a.dtype)
@@ -69,7 +69,7 @@ class DoRA(Decomposition):
     authors' code also drops the inputs of (m / |V| - 1) W0 x.
 
     Cost: beside LoRA's, W0 A^T and three Gram products a forward pass (the factored norm of arXiv 2603.22276, |W0_i|^2
-    computed once) where the inner update has factors, else V itself; and two passes over the output."""
+    computed once) where the inner update has thin factors, else V itself; and two passes over the output."""
 
     paper = "DoRA, arXiv 2402.09353"
     delta = DoRADelta

@@ -41,7 +41,7 @@ MUTANTS = [  # file, what stands there, what stands there instead, where
     ("adapter/elastic.py", "needed = any(n in saved for n in group[name]) if together else", "needed =", "pissa words"),
     ("adapter/low_rank.py", "self.scale if self.gate is None else self.scale * self.gate", "self.scale", "adalora"),
     ("adapter/low_rank.py", "F.dropout(x, self.dropout, self.training)", "F.dropout(x, self.dropout, True)", "lora"),
-    ("adapter/low_rank.py", "return linear(self.drop(x), a, b)", "return linear(x, a, b)", "lora"),
+    ("adapter/low_rank.py", "return through(self.drop(x), a, b)", "return through(x, a, b)", "lora"),
     ("adapter/low_rank.py", "anchored = b is not None and not self.silenced", "anchored = False", "pissa"),
     ("adapter/low_rank.py", "a, b, None, None\n        self.silenced",
      "a, b, self.A0, self.B0\n        self.silenced", "pissa+relora"),

@@ -5,6 +5,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from support import Net, close, linear_sites, perturb, roberta_base
+from torch.utils.flop_counter import FlopCounterMode
 
 from lorafactory import Adapted, UserError, attach, linalg, registry
 
@@ -156,6 +157,18 @@ def test_a_mixture_keeps_the_dropouts():
     perturb(adapted.adapter, 1.0)
     x = torch.randn(4, 24)
     assert not torch.equal(adapted.train()(x), adapted(x)) and torch.equal(adapted.eval()(x), adapted(x))
+
+
+@pytest.mark.parametrize("rank, flops", [(2, 2 * 24 * (24 * 4 + 2 * 4 * 4)), (6, 2 * 2 * 24 * 24 * 6)])
+def test_dora_over_it_takes_the_cheaper_norm(rank, flops):
+    """Of rank 4 as a pair: W0 A^T, A A^T and B times that; of rank 36, more than 24: the weight, two products of rank 6."""
+    adapted = attach(Net(), "loha+dora", rank=rank, target_modules=["fc3"])
+    perturb(adapted.adapter, 1.0)
+    d, base = adapted.adapter.deltas["fc3"], adapted.adapter.sites[0].base
+    with FlopCounterMode(display=False) as counter:
+        square = d.squares(base)
+    assert counter.get_total_flops() == flops
+    assert close(square, d.inner.weight(base).square().sum(1))
 
 
 def test_counts():
