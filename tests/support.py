@@ -160,6 +160,7 @@ def linear_sites(adapted: Adapted) -> Iterator[tuple[Any, Any]]:
 def told(name: str) -> Any:
     """tests/variants/test_<name>.py, which may hold
     SMALL    {option: value}: under these the method acts within a few steps on 24 dimensions
+    FINE     {option: value}: under these a small change of what trains is a small update
     CHANGES  {option: ([values to try], {other options under which it matters})}, where guessing by type will not do"""
     path = Path(__file__).parent / "variants" / f"test_{name}.py"
     if not path.exists():

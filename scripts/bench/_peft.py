@@ -159,6 +159,12 @@ def ln_tuning(model: Any, c: Any, names: list[str], total: int) -> Side:
     return plain(peft.get_peft_model(model, peft.LNTuningConfig(**common(model, names))))
 
 
+@counterpart("PEFT DeLoRA", "delora")
+def delora(model: Any, c: Any, names: list[str], total: int) -> Side:
+    options = peft.DeloraConfig(r=c.rank, delora_lambda=c.bound, module_dropout=c.dropout, **common(model, names))
+    return plain(peft.get_peft_model(model, options))
+
+
 @counterpart("PEFT AdaLoRA", "adalora", "PEFT averages norms in its penalty, ours sums their squares, as the paper")
 def adalora(model: Any, c: Any, names: list[str], total: int) -> Side:
     b = c.budget

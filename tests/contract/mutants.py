@@ -102,6 +102,8 @@ MUTANTS = [  # file, what stands there, what stands there instead, where
     ("targets.py", "if tail and seen < count", "if False", "target/B08"),
     ("targets.py", 'name.endswith("." + entry)', "name.endswith(entry)", "target/B08"),
     ("variants/bitfit.py", "if first else self.delta", "if False else self.delta", "@bitfit"),
+    ("variants/delora.py", "[b, -self.B0]", "[b, self.B0]", "@delora"),
+    ("variants/delora.py", "b, a * self.w", "b, a", "@delora"),
     ("variants/dora.py", "+ g * update", "+ update", "dora"),
     ("variants/dora.py", "+ 2 * (b", "+ (b", "@dora"),
     ("variants/dora.py", " and not self.constant", "", "@dora"),

@@ -7,7 +7,21 @@ import tempfile
 import pytest
 import torch
 import torch.nn as nn
-from support import Net, Regression, adamw, attached, cloned, close, loss, needs_head, on_linear, perturb, same, small, train
+from support import (
+    Net,
+    Regression,
+    adamw,
+    attached,
+    cloned,
+    close,
+    loss,
+    needs_head,
+    on_linear,
+    perturb,
+    same,
+    small,
+    train,
+)
 
 from lorafactory import UserError, attach, registry
 

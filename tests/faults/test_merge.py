@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
-from support import Net, Regression, attached, cloned, close, needs_head, on_linear, perturb, same, small
+from support import Net, Regression, attached, cloned, close, needs_head, on_linear, perturb, same, small, told
 from torch import Tensor
 from transformers import GPT2Config, GPT2Model
 
@@ -79,8 +79,8 @@ def test_B03_a_narrow_base_cannot_swallow_the_update(name):
     if not mergeable(name):
         pytest.skip("it is never merged")
     base.bfloat16()
-    data = Regression(base)
-    adapted = attached(name, base, data).eval()
+    data, fine = Regression(base), getattr(told(name), "FINE", {})
+    adapted = attached(name, base, data, **fine).eval()
     with torch.no_grad():
         g = torch.Generator().manual_seed(1)
         for p in adapted.adapter.parameters():
@@ -91,7 +91,7 @@ def test_B03_a_narrow_base_cannot_swallow_the_update(name):
         adapted.merge()
     assert not adapted.merged and same(adapted.model.state_dict(), before), "a refused merge leaves traces"
     float_base = copy.deepcopy(base).float()
-    wide = attached(name, float_base, Regression(float_base)).eval()
+    wide = attached(name, float_base, Regression(float_base), **fine).eval()
     wide.adapter.load(cloned(adapted.adapter.state_dict()))
     y = wide(x).detach()
     lost = adapted.merge(dtype=torch.float32)

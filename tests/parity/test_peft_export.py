@@ -16,8 +16,8 @@ from lorafactory import UserError, attach, export_peft, load
 peft = pytest.importorskip("peft")
 TYPES = {"vera": "VERA", "ia3": "IA3", "adalora": "ADALORA", "adalora+pissa": "ADALORA", "adalora+rslora": "ADALORA"}
 LORA = "lora rslora dora pissa eva lora_ga lora_plus lora_pro relora gelora dora+pissa dora+adalora dora+rslora dora+eva"
-TYPES |= {"oft": "OFT", "hra": "HRA", "miss": "MISS", "ln_tuning": "LN_TUNING"}
-ONLY_LINEAR = ("OFT", "HRA", "MISS")  # PEFT has them for no Conv1D
+TYPES |= {"oft": "OFT", "hra": "HRA", "miss": "MISS", "ln_tuning": "LN_TUNING", "delora": "DELORA"}
+ONLY_LINEAR = ("OFT", "HRA", "MISS", "DELORA")  # PEFT has them for no Conv1D
 TYPES |= dict.fromkeys(LORA.split(), "LORA")
 TYPES |= dict.fromkeys(("hira", "hira+lora_plus", "hira+adalora"), "HIRA")
 LYCORIS = {"loha": "LOHA", "lokr": "LOKR"}  # PEFT has these on nn.Linear only

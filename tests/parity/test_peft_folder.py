@@ -12,6 +12,7 @@ from lorafactory import UserError, export_lora, registry
 peft = pytest.importorskip("peft")
 EXACT = ("lora", "rslora", "lora_plus", "pissa", "adalora", "vera", "lotr", "adalora+pissa", "relora", "loha")
 EXACT = ("lora", "rslora", "lora_plus", "pissa", "adalora", "vera", "lotr", "miss", "adalora+pissa", "relora")
+EXACT = ("lora", "rslora", "lora_plus", "pissa", "adalora", "vera", "lotr", "miss", "delora", "adalora+pissa", "relora")
 DENSE = ("dora", "dora+pissa", "adalora+dora")
 REFUSED = {"molora": "depends on its input", "hydra_lora": "depends on its input"}
 

@@ -35,6 +35,7 @@ CASES = {
     "miss, mini": (peft.MissConfig, {"r": 4, "init_weights": "mini", "mini_r": 8}),
     "miss, bat": (peft.MissConfig, {"r": 4, "init_weights": "bat"}),
     "ln_tuning": (peft.LNTuningConfig, {"target_modules": r".*(LayerNorm|ln_\w)"}),
+    "delora": (peft.DeloraConfig, {"r": 3, "delora_lambda": 4}),
     "adalora": (peft.AdaLoraConfig, {"init_r": 5, "target_r": 2, "lora_alpha": 9, "total_step": 10}),
     "hira": (peft.HiraConfig, {"r": 4, "hira_dropout": 0.25, "init_weights": "gaussian"}),
     "loha": (peft.LoHaConfig, {"r": 4, "alpha": 6, "rank_pattern": LAYERS, "alpha_pattern": {"query": 5}}),
@@ -46,6 +47,8 @@ PAIRS = [(k, c) for k in MODELS for c, (make, _) in CASES.items() if k == "bert"
 ONLY_LINEAR = ("oft",)  # PEFT has them for no Conv1D
 ONLY_LINEAR = ("oft", "hra")  # PEFT has them for no Conv1D
 ONLY_LINEAR = ("oft", "hra", "miss")  # PEFT has them for no Conv1D
+ALIKE = ("lora", "rslora", "dora", "dora+rslora", "vera", "ia3", "adalora", "oft", "hra", "miss", "ln_tuning", "delora")
+ONLY_LINEAR = ("oft", "hra", "miss", "delora")  # PEFT has them for no Conv1D
 PAIRS = [(c, k) for c in CASES for k in MODELS if k == "bert" or c.partition(",")[0] not in ONLY_LINEAR]
 
 
@@ -93,6 +96,7 @@ def test_load_reads_what_peft_saved(kind, case, tmp_path):
 @pytest.mark.parametrize("spelling", ("lora", "rslora", "dora", "dora+rslora", "vera", "ia3", "adalora", "oft", "hra"))
 @pytest.mark.parametrize("spelling", ("lora", "rslora", "dora", "dora+rslora", "vera", "ia3", "adalora", "oft", "hra", "miss"))
 @pytest.mark.parametrize("spelling", ("lora", "rslora", "dora", "dora+rslora", "vera", "ia3", "adalora", "oft", "hra", "miss", "ln_tuning"))
+@pytest.mark.parametrize("spelling", ALIKE)
 def test_ours_comes_back_from_peft_as_it_was(spelling, tmp_path):
     """The same variant and, where the scale is not folded into a gate, the same numbers."""
     adapted = adapt("bert", spelling, **({"alpha": None} if spelling == "hira" else {}))  # PEFT has no scale for it

@@ -51,7 +51,13 @@ def ln_tuning(d, layer):
     return [(p, theirs[n], same, same) for n, p in d.module.named_parameters()]
 
 
+def delora(d, layer):
+    theirs = [getattr(layer, f"delora_{n}")["default"] for n in ("A", "B", "lambda")]
+    return [(p, q, same, same) for p, q in zip((d.A, d.B, d.bound), theirs, strict=True)]
+
+
 CASES = {
+    "delora": Case("delora", "DeloraConfig", delora, {"rank": 6, "bound": 3.0}, {"r": 6, "delora_lambda": 3}),
     "ln_tuning": Case("ln_tuning", "LNTuningConfig", ln_tuning, NORMS, NORMS),
     "miss": Case("miss", "MissConfig", miss, {"rank": 8}, {"r": 8}),
     "miss, a shard that is not whole": Case("miss", "MissConfig", miss, {"rank": 7}, {"r": 7}),
