@@ -36,6 +36,7 @@ CASES = {
     "miss, bat": (peft.MissConfig, {"r": 4, "init_weights": "bat"}),
     "ln_tuning": (peft.LNTuningConfig, {"target_modules": r".*(LayerNorm|ln_\w)"}),
     "delora": (peft.DeloraConfig, {"r": 3, "delora_lambda": 4}),
+    "boft": (peft.BOFTConfig, {"boft_block_size": 4}),
     "adalora": (peft.AdaLoraConfig, {"init_r": 5, "target_r": 2, "lora_alpha": 9, "total_step": 10}),
     "hira": (peft.HiraConfig, {"r": 4, "hira_dropout": 0.25, "init_weights": "gaussian"}),
     "loha": (peft.LoHaConfig, {"r": 4, "alpha": 6, "rank_pattern": LAYERS, "alpha_pattern": {"query": 5}}),
@@ -48,7 +49,7 @@ ONLY_LINEAR = ("oft",)  # PEFT has them for no Conv1D
 ONLY_LINEAR = ("oft", "hra")  # PEFT has them for no Conv1D
 ONLY_LINEAR = ("oft", "hra", "miss")  # PEFT has them for no Conv1D
 ALIKE = ("lora", "rslora", "dora", "dora+rslora", "vera", "ia3", "adalora", "oft", "hra", "miss", "ln_tuning", "delora")
-ONLY_LINEAR = ("oft", "hra", "miss", "delora")  # PEFT has them for no Conv1D
+ONLY_LINEAR = ("oft", "hra", "miss", "delora", "boft")  # PEFT has them for no Conv1D
 PAIRS = [(c, k) for c in CASES for k in MODELS if k == "bert" or c.partition(",")[0] not in ONLY_LINEAR]
 
 

@@ -56,7 +56,17 @@ def delora(d, layer):
     return [(p, q, same, same) for p, q in zip((d.A, d.B, d.bound), theirs, strict=True)]
 
 
+def boft(d, layer):
+    """Theirs is -Q as a whole matrix, of which they read the skew part."""
+    there, here = lambda q: -linalg.skew(q, d.size), lambda g: linalg.upper(g.mT - g)
+    scale = (d.s, layer.boft_s["default"], lambda s: s[:, None], lambda g: g[:, 0])
+    return [(d.q, layer.boft_R["default"], there, here), scale]
+
+
 CASES = {
+    **{f"boft, {m} factors": Case("boft", "BOFTConfig", boft, {"block_size": b, "factors": m},
+                                  {"boft_block_size": b, "boft_n_butterfly_factor": m})
+       for m, b in ((1, 8), (2, 8), (3, 4))},
     "delora": Case("delora", "DeloraConfig", delora, {"rank": 6, "bound": 3.0}, {"r": 6, "delora_lambda": 3}),
     "ln_tuning": Case("ln_tuning", "LNTuningConfig", ln_tuning, NORMS, NORMS),
     "miss": Case("miss", "MissConfig", miss, {"rank": 8}, {"r": 8}),
@@ -71,6 +81,15 @@ CASES = {
     "oft, shared": Case("oft", "OFTConfig", oft(1), {"block_size": 16, "terms": 5, "block_share": True},
                         {"oft_block_size": 16, "block_share": True}),
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def without_the_kernel(monkeypatch):
+    """Without its CUDA kernel PEFT's BOFT takes one factor; what the kernel computes is torch.block_diag."""
+    layer = peft.tuners.boft.layer
+    monkeypatch.setattr(layer, "get_fbd_cuda", lambda: True)
+    diagonal = lambda r: torch.stack([torch.block_diag(*blocks) for blocks in r])  # noqa: E731
+    monkeypatch.setattr(layer.FastBlockDiag, "apply", diagonal)
 
 
 def both(case):

@@ -25,6 +25,7 @@ FAST = {
     "lokr": {"rank": 4},
     "oft": {"block_size": 29},
     "hra": {"rank": 4},
+    "boft": {"block_size": 29},
     "delora": {"rank": 4, "anchored": True},
     "miss": {"rank": 4},
     "miss+dora": {"rank": 4},
