@@ -93,7 +93,7 @@ class MiSS(Structure):
         """rank: rows of D, inputs of a shard; tile: D has so many columns, repeated along the outputs (null: d_out;
         PEFT's mini_r); bat: W_ij (I + D_i) + D_i, blocks that are not alike; dropout: of the x that is summed."""
 
-        rank: int = 64
+        rank: int = 8
         tile: Optional[int] = None  # noqa: UP045
         bat: bool = False
         dropout: float = 0.0

@@ -165,13 +165,6 @@ def delora(model: Any, c: Any, names: list[str], total: int) -> Side:
     return plain(peft.get_peft_model(model, options))
 
 
-@counterpart("PEFT BOFT", "boft", "PEFT forms R as a [d_in, d_in] matrix, and takes one factor without its CUDA kernel")
-def boft(model: Any, c: Any, names: list[str], total: int) -> Side:
-    options = peft.BOFTConfig(boft_block_size=c.block_size, boft_n_butterfly_factor=c.factors, boft_dropout=c.dropout,
-                              **common(model, names))  # fmt: skip
-    return plain(peft.get_peft_model(model, options))
-
-
 @counterpart("PEFT AdaLoRA", "adalora", "PEFT averages norms in its penalty, ours sums their squares, as the paper")
 def adalora(model: Any, c: Any, names: list[str], total: int) -> Side:
     b = c.budget

@@ -150,4 +150,4 @@ def test_counts():
     for bat in (False, True):
         with torch.device("meta"):
             llama = LlamaForCausalLM(LlamaConfig(num_hidden_layers=32, **sizes))
-        assert attach(llama, "miss", bat=bat).num_trainable() == 87_031_808
+        assert attach(llama, "miss", rank=64, bat=bat).num_trainable() == 87_031_808
