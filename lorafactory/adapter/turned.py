@@ -1,10 +1,11 @@
-"""Turned: a delta that turns the input of its layer."""
+"""Turned: a delta that turns the input of its layer; and the dropout of block rotations."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from .delta import Delta, linear
 from .site import Base
 
@@ -33,3 +34,18 @@ class Turned(Delta):
     @property
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
+
+
+def block_dropout(share: float, n: int, layer: str) -> float:
+    """The share, where it is at least one of a layer's n blocks. Raises UserError where it is none."""
+    if share and not int(share * n):
+        raise UserError(f"dropout is {share}, which is none of the {n} blocks of {layer}: at least {1 / n:.3g}")
+    return share
+
+
+def some_identity(blocks: Tensor, share: float) -> Tensor:
+    """floor(share n) of the blocks [n, b, b], drawn anew, are the identity."""
+    n, eye = len(blocks), torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
+    lost = torch.randperm(n, device=blocks.device)[: int(share * n)]
+    mask = torch.zeros(n, dtype=torch.bool, device=blocks.device).index_fill(0, lost, True)
+    return torch.where(mask[:, None, None], eye, blocks)

@@ -6,9 +6,9 @@ import torch.nn as nn
 from .. import linalg
 from ..adapter import Structure, Turned
 from ..adapter.peft import only_linear
+from ..adapter.turned import block_dropout, some_identity
 from ..errors import UserError
 from ..registry import StructureConfig, register
-from .oft import some_identity
 
 
 def butterfly(d_in, block, factor):
@@ -30,9 +30,7 @@ class BOFTDelta(Turned):
             told = f"block_size {b} with factors {m} needs a multiple of {group} inputs"
             raise UserError(f"{told}, and {site.name} has {site.d_in}")
         n = site.d_in // b
-        if c.dropout and not int(c.dropout * n):
-            raise UserError(f"dropout is {c.dropout}, which is none of the {n} blocks of {site.name}: at least {1 / n:.3g}")
-        self.size, self.dropout = b, c.dropout
+        self.size, self.dropout = b, block_dropout(c.dropout, n, site.name)
         self.q = nn.Parameter(site.new(m, n, b * (b - 1) // 2))
         self.s = nn.Parameter(site.new(site.d_out, fill=1.0))
         # nothing to permute in the first factor, which may have odd blocks

@@ -7,18 +7,11 @@ import torch.nn as nn
 from .. import linalg
 from ..adapter import Structure, Turned
 from ..adapter.peft import only_linear
+from ..adapter.turned import block_dropout, some_identity
 from ..errors import UserError
 from ..registry import StructureConfig, register
 
 WEIGHT = "oft_R.weight"  # PEFT's name of q
-
-
-def some_identity(blocks, share):
-    """floor(share n) of the blocks [n, b, b], drawn anew, are the identity."""
-    n = len(blocks)
-    lost = torch.randperm(n, device=blocks.device)[: int(share * n)]
-    mask = torch.zeros(n, dtype=torch.bool, device=blocks.device).index_fill(0, lost, True)
-    return torch.where(mask[:, None, None], torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device), blocks)
 
 
 class OFTDelta(Turned):
@@ -29,9 +22,7 @@ class OFTDelta(Turned):
         if site.d_in % c.block_size:
             raise UserError(f"block_size is {c.block_size}; it must divide the {site.d_in} inputs of {site.name}")
         n = site.d_in // c.block_size
-        if c.dropout and not int(c.dropout * n):
-            raise UserError(f"dropout is {c.dropout}, which is none of the {n} blocks of {site.name}: at least {1 / n:.3g}")
-        self.size, self.terms, self.dropout = c.block_size, c.terms, c.dropout
+        self.size, self.terms, self.dropout = c.block_size, c.terms, block_dropout(c.dropout, n, site.name)
         self.q = nn.Parameter(site.new(1 if c.block_share else n, c.block_size * (c.block_size - 1) // 2))
 
     def blocks(self):

@@ -7,7 +7,7 @@ from support import Net, Regression, adamw, attached, close, linear_sites, pertu
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorafactory import UserError, attach, linalg
-from lorafactory.variants.oft import some_identity
+from lorafactory.adapter.turned import some_identity
 
 SMALL = {"block_size": 4}
 CHANGES = {"terms": ([5], {}), "epsilon": ([1e-3], {}), "dropout": ([0.5], {})}
