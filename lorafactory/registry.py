@@ -46,6 +46,12 @@ class Named:
     def check(self) -> None:
         """Refuse values that make no sense: a variant's Config overrides this and raises UserError."""
 
+    def check_shares(self, *names: str) -> None:
+        """Refuse options that are no share, from 0 to below 1."""
+        for name in names:
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must lie in [0, 1)")
+
 
 # One empty config an axis: the field's type, and its "nothing here" value.
 @dataclass

@@ -31,9 +31,7 @@ class LycorisConfig(RankedConfig):
 
     def check(self) -> None:
         super().check()
-        for name in ("rank_dropout", "module_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must lie in [0, 1)")
+        self.check_shares("rank_dropout", "module_dropout")
 
 
 def uniform(p: Tensor) -> None:

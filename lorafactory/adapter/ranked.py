@@ -31,8 +31,7 @@ class RankedConfig(StructureConfig):
         for what, rank in (("rank", self.rank), *((f"rank_pattern {k!r}", v) for k, v in self.rank_pattern.items())):
             if rank < 1:
                 raise UserError(f"{what} is {rank}; it must be at least 1")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout is {self.dropout}; it must lie in [0, 1)")
+        self.check_shares("dropout")
         for what, alpha in (("alpha", self.alpha), *((f"alpha_pattern {k!r}", v) for k, v in self.alpha_pattern.items())):
             if alpha == 0:
                 raise UserError(f"{what} is 0: the update would be zero for ever")

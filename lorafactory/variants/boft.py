@@ -98,8 +98,7 @@ class BOFT(Structure):
                 raise UserError(f"factors is {self.factors}; it must be at least 1")
             if self.factors > 1 and self.block_size % 2:
                 raise UserError(f"block_size is {self.block_size}; several factors exchange halves: it must be even")
-            if not 0 <= self.dropout < 1:
-                raise UserError(f"dropout is {self.dropout}; it must lie in [0, 1)")
+            self.check_shares("dropout")
 
     def build(self, site, make):
         return BOFTDelta(site, self.config)

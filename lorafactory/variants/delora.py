@@ -99,8 +99,7 @@ class DeLoRA(Structure):
                 raise UserError("bound is 0: A and B would not train")
             if self.bound_lr < 0:
                 raise UserError(f"bound_lr is {self.bound_lr}; it must not be negative")
-            if not 0 <= self.dropout < 1:
-                raise UserError(f"dropout is {self.dropout}; it must lie in [0, 1)")
+            self.check_shares("dropout")
 
     def build(self, site, make):
         return DeLoRADelta(site, self.config)

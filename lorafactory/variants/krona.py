@@ -76,8 +76,7 @@ class KronA(Structure):
                 raise UserError("scale is 0: the update would be zero for ever")
             if self.start not in STARTS:
                 raise UserError(f"start is {self.start!r}; it takes {', '.join(STARTS)}")
-            if not 0 <= self.dropout < 1:
-                raise UserError(f"dropout is {self.dropout}; it must lie in [0, 1)")
+            self.check_shares("dropout")
 
     def build(self, site, make):
         outer = self.config.outer or shape(site.d_out, site.d_in)

@@ -103,8 +103,7 @@ class MiSS(Structure):
                 raise UserError(f"rank is {self.rank}; it must be at least 1")
             if self.tile is not None and self.tile < 1:
                 raise UserError(f"tile is {self.tile}; it must be at least 1 (null: every output its own)")
-            if not 0 <= self.dropout < 1:
-                raise UserError(f"dropout is {self.dropout}; it must lie in [0, 1)")
+            self.check_shares("dropout")
             for key in ("tile", "dropout"):
                 if self.bat and getattr(self, key):
                     raise UserError(f"{key} is {getattr(self, key)}, of no effect on bat: leave one out")

@@ -76,8 +76,7 @@ class OFT(Structure):
                 raise UserError(f"terms is {self.terms}; it must be at least 4 (null: exact)")
             if self.epsilon is not None and self.epsilon <= 0:
                 raise UserError(f"epsilon is {self.epsilon}; it must be positive (null: no bound)")
-            if not 0 <= self.dropout < 1:
-                raise UserError(f"dropout is {self.dropout}; it must lie in [0, 1)")
+            self.check_shares("dropout")
             if self.dropout and self.block_share:
                 raise UserError(f"dropout is {self.dropout}, of no effect on the one block of block_share: leave one out")
 

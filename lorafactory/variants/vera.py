@@ -128,8 +128,7 @@ class VeRA(Structure):
                 raise UserError(f"rank is {self.rank}; it must be at least 1")
             if self.d_initial == 0:
                 raise UserError("d_initial is 0, as b is: nothing would ever train")
-            if not 0 <= self.dropout < 1:
-                raise UserError(f"dropout is {self.dropout}; it must lie in [0, 1)")
+            self.check_shares("dropout")
             if not 0 <= self.bank_seed < 2**63:
                 raise UserError(f"bank_seed is {self.bank_seed}; it must lie in [0, 2^63)")
 
