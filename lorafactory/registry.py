@@ -46,6 +46,12 @@ class Named:
     def check(self) -> None:
         """Refuse values that make no sense: a variant's Config overrides this and raises UserError."""
 
+    def check_least(self, least: int, *names: str) -> None:
+        """Refuse options below `least`."""
+        for name in names:
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+
     def check_shares(self, *names: str) -> None:
         """Refuse options that are no share, from 0 to below 1."""
         for name in names:

@@ -92,10 +92,8 @@ class BOFT(Structure):
         dropout: float = 0.0
 
         def check(self):
-            if self.block_size < 2:
-                raise UserError(f"block_size is {self.block_size}; it must be at least 2")
-            if self.factors < 1:
-                raise UserError(f"factors is {self.factors}; it must be at least 1")
+            self.check_least(2, "block_size")
+            self.check_least(1, "factors")
             if self.factors > 1 and self.block_size % 2:
                 raise UserError(f"block_size is {self.block_size}; several factors exchange halves: it must be even")
             self.check_shares("dropout")

@@ -93,8 +93,7 @@ class DeLoRA(Structure):
         dropout: float = 0.0
 
         def check(self):
-            if self.rank < 1:
-                raise UserError(f"rank is {self.rank}; it must be at least 1")
+            self.check_least(1, "rank")
             if self.bound == 0:
                 raise UserError("bound is 0: A and B would not train")
             if self.bound_lr < 0:

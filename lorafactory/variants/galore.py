@@ -83,9 +83,7 @@ class GaLore(Part):
         proj_type: str = "std"
 
         def check(self):
-            for what, value in (("rank", self.rank), ("every", self.every)):
-                if value < 1:
-                    raise UserError(f"{what} is {value}; it must be at least 1")
+            self.check_least(1, "rank", "every")
             if self.scale <= 0:
                 raise UserError(f"scale is {self.scale}; it must be positive")
             if self.proj_type not in SIDES:

@@ -85,8 +85,7 @@ class HRA(Structure):
         orthonormal: bool = False
 
         def check(self):
-            if self.rank < 1:
-                raise UserError(f"rank is {self.rank}; it must be at least 1")
+            self.check_least(1, "rank")
             if self.penalty < 0:
                 raise UserError(f"penalty is {self.penalty}; it must not be negative")
             if self.penalty and self.orthonormal:

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 
 from ..adapter import Delta, LowRank, linear
 from ..adapter.ranked import Ranked, RankedConfig
-from ..errors import UserError
 from ..registry import register
 
 
@@ -57,8 +56,7 @@ class HydraLoRA(Ranked):
 
         def check(self):
             super().check()
-            if self.experts < 1:
-                raise UserError(f"experts is {self.experts}; it must be at least 1")
+            self.check_least(1, "experts")
 
     def build(self, site, make):
         k = self.config.experts

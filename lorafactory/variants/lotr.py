@@ -108,8 +108,7 @@ class LoTR(Structure):
         group_by: str = "shape"
 
         def check(self):
-            if self.rank < 1:
-                raise UserError(f"rank is {self.rank}; it must be at least 1")
+            self.check_least(1, "rank")
             if self.alpha == 0:
                 raise UserError("alpha is 0: the update would be zero for ever")
             for key in ("factor_std", "factor_lr"):

@@ -99,8 +99,7 @@ class MiSS(Structure):
         dropout: float = 0.0
 
         def check(self):
-            if self.rank < 1:
-                raise UserError(f"rank is {self.rank}; it must be at least 1")
+            self.check_least(1, "rank")
             if self.tile is not None and self.tile < 1:
                 raise UserError(f"tile is {self.tile}; it must be at least 1 (null: every output its own)")
             self.check_shares("dropout")

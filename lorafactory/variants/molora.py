@@ -66,8 +66,7 @@ class MoLoRA(Part):
         router_std: float = 0.02
 
         def check(self):
-            if self.experts < 1:
-                raise UserError(f"experts is {self.experts}; it must be at least 1")
+            self.check_least(1, "experts")
             if self.router_std < 0:
                 raise UserError(f"router_std is {self.router_std}; it must be 0 or more")
 

@@ -70,8 +70,7 @@ class OFT(Structure):
         dropout: float = 0.0
 
         def check(self):
-            if self.block_size < 2:
-                raise UserError(f"block_size is {self.block_size}; it must be at least 2")
+            self.check_least(2, "block_size")
             if self.terms is not None and self.terms < 4:
                 raise UserError(f"terms is {self.terms}; it must be at least 4 (null: exact)")
             if self.epsilon is not None and self.epsilon <= 0:

@@ -124,8 +124,7 @@ class VeRA(Structure):
         save_bank: bool = False
 
         def check(self):
-            if self.rank < 1:
-                raise UserError(f"rank is {self.rank}; it must be at least 1")
+            self.check_least(1, "rank")
             if self.d_initial == 0:
                 raise UserError("d_initial is 0, as b is: nothing would ever train")
             self.check_shares("dropout")
