@@ -11,12 +11,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import UserError
 from .delta import Delta
 from .elastic import Elastic
-from .peft import common
+from .peft import common, only_linear
 from .ranked import Ranked, RankedConfig
-from .site import is_transposed
 
 
 @dataclass
@@ -79,9 +77,8 @@ class Lycoris(Ranked):
     same: ClassVar[tuple[str, ...]] = ("rank_dropout", "module_dropout")  # options that PEFT has under these names
 
     def to_peft(self, out):
-        found = {s: d for s, d in self.adapter.inside(LycorisDelta)}
-        if odd := [s.name for s in found if is_transposed(s.base.module)]:
-            raise UserError(f"PEFT has no {self.name} on a Conv1D, as {odd[0]} is")
+        found = dict(self.adapter.inside(LycorisDelta))
+        only_linear(self.name, found)
         rank, ranks = common({s.name: d.rank for s, d in found.items()})
         alpha, alphas = common({s.name: float(d.scale) * d.rank for s, d in found.items()})
         out.fields |= {"peft_type": self.kind, "r": rank, "rank_pattern": ranks, "alpha": alpha, "alpha_pattern": alphas}
