@@ -37,6 +37,13 @@ class RankedConfig(StructureConfig):
                 raise UserError(f"{what} is 0: the update would be zero for ever")
 
 
+def fitting(rank: int, most: int, site: Site) -> int:
+    """The rank. Raises UserError where it is more than the most that this layer can have."""
+    if rank > most:
+        raise UserError(f"rank {rank} is more than {site.name} [{site.d_out}, {site.d_in}] can have: at most {most}")
+    return rank
+
+
 class Ranked(Structure):
     """A structure whose sites have a rank and a scale; most hold LowRank pairs."""
 
@@ -58,10 +65,7 @@ class Ranked(Structure):
 
     def fitting(self, site: Site) -> int:
         """The rank. Raises UserError where it exceeds the layer's."""
-        rank, most = self.rank(site), self.most(site)
-        if rank > most:
-            raise UserError(f"rank {rank} is more than {site.name} [{site.d_out}, {site.d_in}] can have: at most {most}")
-        return rank
+        return fitting(self.rank(site), self.most(site), site)
 
     def scale(self, site: Site) -> float:
         """alpha / rank; 1 where a variant has no alpha."""

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from ..adapter import Delta, Elastic, Structure, linear
 from ..adapter.peft import only_linear
+from ..adapter.ranked import fitting
 from ..errors import UserError
 from ..registry import StructureConfig, register
 
@@ -23,11 +24,10 @@ class DeLoRADelta(Elastic, Delta):
 
     def __init__(self, site, c):
         super().__init__()
-        if c.rank > (most := min(site.d_in, site.d_out)):
-            raise UserError(f"rank {c.rank} is more than {site.name} [{site.d_out}, {site.d_in}] can have: at most {most}")
+        rank = fitting(c.rank, min(site.d_in, site.d_out), site)
         self.d_in, self.d_out, self.dropout = site.d_in, site.d_out, c.dropout
-        self.A = nn.Parameter(site.new(c.rank, site.d_in).uniform_(-1, 1) / math.sqrt(site.d_in))
-        self.B = nn.Parameter(site.new(site.d_out, c.rank))
+        self.A = nn.Parameter(site.new(rank, site.d_in).uniform_(-1, 1) / math.sqrt(site.d_in))
+        self.B = nn.Parameter(site.new(site.d_out, rank))
         self.bound = nn.Parameter(site.new(1, fill=c.bound))
         w = site.base.weight.detach().to(self.A.dtype).norm(dim=0)  # once: the base is read-only
         self.register_buffer("w", w, persistent=False)

@@ -5,6 +5,7 @@ import torch.nn as nn
 
 from .. import linalg
 from ..adapter import Delta, Elastic, Structure, linear
+from ..adapter.ranked import fitting
 from ..errors import UserError
 from ..registry import StructureConfig, register
 
@@ -125,10 +126,7 @@ class LoTR(Structure):
         super().__init__(config, adapter)
         self.banks = nn.ModuleDict()
         for s in adapter.sites:
-            if config.rank > (most := min(s.d_in, s.d_out)):
-                raise UserError(
-                    f"rank {config.rank} is more than {s.name} [{s.d_out}, {s.d_in}] can have: at most {most}"
-                )
+            fitting(config.rank, min(s.d_in, s.d_out), s)
             if self.key(s) not in self.banks:
                 self.banks[self.key(s)] = Bank(s, config.rank, config.alpha / config.rank, config.factor_std)
 
