@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UserError
-from . import SPLITS, Task, labels, metrics
+from . import SPLITS, labels, metrics
 from .reading import Raw
-from .splitting import divide, overlaps, places
+from .splitting import Drawn
 
 
-class Classification(Task):
+class Classification(Drawn):
     """Classes are known by name. Their order is the data's own, else that of `labels`, else sorted over the source's
     training split."""
 
@@ -30,18 +28,12 @@ class Classification(Task):
     inputs: dict[str, list[Any]]  # split -> what the rows hold beside their targets, as read() gives it
 
     @dataclass
-    class Config(Task.Config):
-        """subset: the source's configuration (GLUE: cola). label: its column. labels: the classes in order, where the
-        source only numbers them. test_split, selection_split: a split of the source, or `train`: a seeded stratified
-        part of it, of *_size rows, or *_share of all where that is 0."""
+    class Config(Drawn.Config):
+        """label: the column of classes. labels: the classes in order, where the source only numbers them. Parts of a
+        split are stratified."""
 
-        subset: str = ""
         label: str = "label"
         labels: List[str] = field(default_factory=list)  # noqa: UP006
-        test_split: str = "test"
-        selection_split: str = "train"
-        test_share: float = 0.2
-        selection_share: float = 0.1
         primary: str = "accuracy"
         metrics: List[str] = field(default_factory=lambda: ["accuracy", "macro_f1"])  # noqa: UP006
 
@@ -49,11 +41,6 @@ class Classification(Task):
             super().__post_init__()
             if self.primary not in self.metrics:
                 raise UserError(f"task.primary={self.primary} is not among task.metrics={self.metrics}")
-            for option in ("test_share", "selection_share"):
-                if not 0 < getattr(self, option) < 1:
-                    raise UserError(f"task.{option}={getattr(self, option)}: give a part of 1, as 0.2")
-            if self.selection_split == self.test_split != "train":
-                raise UserError(f"selection and test are both {self.test_split}: selection must not see scored rows")
 
     def __init__(self, config: Any):
         super().__init__(config)
@@ -70,22 +57,18 @@ class Classification(Task):
         return row
 
     def load(self) -> None:
-        c, raw = self.config, self.read()
-        self.source_split = places(c.selection_split, c.test_split, raw, self._source)
-        self.raw = {s: raw[s] for s in dict.fromkeys(self.source_split.values())}
-        numbers = self.numbers(raw["train"], self.raw)
-        strata = {s: self.strata(n) for s, n in numbers.items()}
-        rows = divide(strata, self.source_split, c, self._source)
+        self.raw = self.place(self.read())
+        numbers = self.numbers(self.raw["train"], self.raw)
+        rows = self.divide({s: self.strata(n) for s, n in numbers.items()})
         self.inputs = {s: [self.raw[o].inputs[i] for i in rows[s]] for s, o in self.source_split.items()}
         self.targets = {s: numbers[o][rows[s]].tolist() for s, o in self.source_split.items()}
         pairs = {s: zip(self.inputs[s], self.targets[s], strict=True) for s in SPLITS}
-        content = [[s, self.content(row), self.told(n)] for s in SPLITS for row, n in pairs[s]]
-        self.fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+        self.digest([[s, self.content(row), self.told(n)] for s in SPLITS for row, n in pairs[s]])
 
     def numbers(self, train: Raw, used: dict[str, Raw]) -> dict[str, np.ndarray]:
         """Each row's target, a source split; sets `labels`."""
         given = list(self.config.labels)
-        self.labels = labels.names(train, given, self._source)
+        self.labels = labels.names(train, given, self.whole_source)
         if "f1" in self.config.metrics and len(self.labels) != 2:
             raise UserError(f"f1 is for two classes, these are {len(self.labels)}: task.metrics=[accuracy,macro_f1]")
         return {s: labels.numbers(r, self.labels, given) for s, r in used.items()}
@@ -97,10 +80,6 @@ class Classification(Task):
     def strata(self, targets: np.ndarray) -> np.ndarray:
         """What every drawn part holds in proportion."""
         return targets
-
-    @property
-    def _source(self) -> str:
-        return "/".join(filter(None, (self.config.source, self.config.subset)))
 
     def head(self) -> dict[str, Any]:
         by_number = dict(enumerate(self.labels))
@@ -125,21 +104,11 @@ class Classification(Task):
     def metrics(self, predictions: list[Any], references: list[Any]) -> dict[str, Any]:
         return metrics.classify(list(self.config.metrics), predictions, references)
 
+    def given(self) -> dict[str, list[Any]]:
+        return self.inputs
+
     def describe(self) -> dict[str, Any]:
-        """duplicates: rows whose input the other split holds, too."""
-        c = self.config
-        return {
-            "name": c.name,
-            "kind": c.kind,
-            "source": self._source,
-            "revision": c.revision,
-            "fingerprint": self.fingerprint,
-            "sizes": {s: len(self.targets[s]) for s in SPLITS},
-            "splits": self.source_split,
-            "split_seed": c.split_seed,
-            "duplicates": overlaps(self.inputs),
-            **self.describe_targets(),
-        }
+        return super().describe() | self.describe_targets()
 
     def describe_targets(self) -> dict[str, Any]:
         """majority: the scores on test of answering the most frequent training class always."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,17 +12,17 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..sources import locate
-from . import SPLITS, Task, answers, layout, register_task, tokens, writing
+from . import SPLITS, answers, layout, register_task, tokens, writing
 from .dialogue import Pair, Wording, pairs
 from .reading import tables
-from .splitting import divide, overlaps, places
+from .splitting import Drawn
 
 LAYOUT = "a folder with train.jsonl, .csv or .parquet (and test.jsonl, … beside it)"
 CHATS = ("auto", "always", "never")
 
 
 @register_task("generation")
-class Generation(Task):
+class Generation(Drawn):
     """Only completions are learnt. Answers are generated greedily, or sampled where temperature > 0; padding stands on
     the left and is masked, so that a batch's size changes nothing but rounding."""
 
@@ -32,27 +30,20 @@ class Generation(Task):
     generated: tuple[str, ...]  # splits that are answered; of others only the likelihood is measured
 
     @dataclass
-    class Config(Task.Config):
+    class Config(Drawn.Config):
         """prompt, completion: templates over the source's columns, as 'Q: {question}'. test_*: of another source that
-        is scored ('': the same). test_split, selection_split: a split of the source, or `train`: a seeded part of it,
-        of *_size rows, or *_share of all where that is 0. scorer: number, exact, or none: the likelihood of the
-        completion. chat: use the tokenizer's chat template (auto: where it has one); system: its system message.
-        max_length: tokens of prompt and completion; a longer completion is cut, a longer prompt left out of training.
-        packing: several training rows in one sequence of max_length. temperature: 0 is greedy; top_p, and samples a
-        row: of sampling."""
+        is scored ('': the same). scorer: number, exact, or none: the likelihood of the completion. chat: use the
+        tokenizer's chat template (auto: where it has one); system: its system message. max_length: tokens of prompt and
+        completion; a longer completion is cut, a longer prompt left out of training. packing: several training rows in
+        one sequence of max_length. temperature: 0 is greedy; top_p, and samples a row: of sampling."""
 
         kind: str = "generation"
-        subset: str = ""
         prompt: str = "{prompt}"
         completion: str = "{completion}"
         test_source: str = ""
         test_subset: str = ""
         test_prompt: str = ""
         test_completion: str = ""
-        test_split: str = "test"
-        selection_split: str = "train"
-        test_share: float = 0.2
-        selection_share: float = 0.1
         scorer: str = "exact"
         chat: str = "auto"
         system: str = ""
@@ -67,9 +58,6 @@ class Generation(Task):
             super().__post_init__()
             if self.chat not in CHATS:
                 raise UserError(f"task.chat={self.chat}: there are {', '.join(CHATS)}")
-            for option in ("test_share", "selection_share"):
-                if not 0 < getattr(self, option) < 1:
-                    raise UserError(f"task.{option}={getattr(self, option)}: give a part of 1, as 0.2")
             for option in ("max_length", "max_new_tokens", "samples"):
                 if getattr(self, option) < 1:
                     raise UserError(f"task.{option}={getattr(self, option)}: give 1 or more")
@@ -81,8 +69,9 @@ class Generation(Task):
             for option in ("test_subset", "test_prompt", "test_completion"):
                 if getattr(self, option) and not self.test_source:
                     raise UserError(f"task.{option} describes task.test_source, which is empty: name it, or leave {option} out")
-            if self.selection_split == self.test_split != "train" and not self.test_source:
-                raise UserError(f"selection and test are both {self.test_split}: selection must not see scored rows")
+
+        def test_place(self) -> str:
+            return f"{self.test_source}:{self.test_split}" if self.test_source else self.test_split
 
     def __init__(self, config: Any):
         super().__init__(config)
@@ -110,19 +99,15 @@ class Generation(Task):
         return tables(where, subset, None if prefix else self.config.revision, LAYOUT, f"task.{prefix}source")
 
     def load(self) -> None:
-        c, raw, test = self.config, self.read(), self.config.test_split
-        if c.test_source:
-            raw |= {f"{c.test_source}:{split}": rows for split, rows in self.read_test().items()}
-            test = f"{c.test_source}:{test}"
-        self.source_split = places(c.selection_split, test, raw, c.source)
-        strata = {s: np.zeros(len(raw[s]), int) for s in dict.fromkeys(self.source_split.values())}
-        rows = divide(strata, self.source_split, c, c.source)
+        raw, other = self.read(), self.config.test_source
+        if other:
+            raw |= {f"{other}:{split}": rows for split, rows in self.read_test().items()}
+        rows = self.divide({s: np.zeros(len(p), int) for s, p in self.place(raw).items()})
         self.pairs = {s: [raw[o][i] for i in rows[s]] for s, o in self.source_split.items()}
         for split in self.generated:
             for pair in self.pairs[split]:
                 self.check(pair)
-        content = [[s, p.prompt, p.completion, p.reference] for s in SPLITS for p in self.pairs[s]]
-        self.fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+        self.digest([[s, p.prompt, p.completion, p.reference] for s in SPLITS for p in self.pairs[s]])
 
     def check(self, pair: Pair) -> None:
         """Raises UserError for a row whose own answer could not be scored as right."""
@@ -140,16 +125,18 @@ class Generation(Task):
         for split in SPLITS:
             prompts, cut = (found.pop(f"{split}.{n}").tolist() for n in ("prompt", "cut"))
             self.cut[split] = sum(cut)
+            if split in self.generated:
+                self._refuse_long(self.pairs[split], prompts)
             answered = [int(split in self.generated)] * len(prompts)
             self.splits[split] = tokens.rows(found, split, prompt=prompts, answered=answered)
         self.left_out = len(self.pairs["train"]) - len(self.splits["train"])
-        for split in self.generated:
-            for pair, row in zip(self.pairs[split], self.splits[split], strict=True):
-                if row["prompt"] + c.max_new_tokens > processor.model_max_length:
-                    raise UserError(
-                        f"{pair.place}: a prompt of {row['prompt']} tokens and task.max_new_tokens={c.max_new_tokens} are "
-                        f"more than the {processor.model_max_length} that this model takes"
-                    )
+
+    def _refuse_long(self, rows: list[Pair], prompts: list[int]) -> None:
+        new, limit = self.config.max_new_tokens, self.processor.model_max_length
+        for pair, n in zip(rows, prompts, strict=True):
+            if n + new > limit:
+                told = f"{pair.place}: a prompt of {n} tokens and task.max_new_tokens={new} are more than the {limit}"
+                raise UserError(f"{told} that this model takes")
 
     def _tokenise(self) -> dict[str, Tensor]:
         found, longest = {}, self.config.max_length
@@ -213,21 +200,11 @@ class Generation(Task):
         marks = [self.judge(text, reference) for p, reference in answered for text in p["texts"]]
         return {"exact_match": sum(m or 0.0 for m in marks) / len(marks), "no_answer": marks.count(None) / len(marks)}
 
+    def given(self) -> dict[str, list[Any]]:
+        return {s: [p.prompt for p in rows] for s, rows in self.pairs.items()}
+
     def describe(self) -> dict[str, Any]:
-        """duplicates: rows whose prompt the other split holds, too. cut: completions cut at max_length; left_out:
-        training rows whose prompt alone is as long."""
-        c = self.config
-        return {
-            "name": c.name,
-            "kind": c.kind,
-            "source": "/".join(filter(None, (c.source, c.subset))),
-            "revision": c.revision,
-            "fingerprint": self.fingerprint,
-            "sizes": {s: len(self.splits[s]) for s in SPLITS},
-            "splits": self.source_split,
-            "split_seed": c.split_seed,
-            "duplicates": overlaps({s: [p.prompt for p in rows] for s, rows in self.pairs.items()}),
-            "cut": self.cut,
-            "left_out": self.left_out,
-            **self.wording.describe(),
-        }
+        """cut: completions cut at max_length; left_out: training rows whose prompt alone is as long."""
+        sizes = {s: len(self.splits[s]) for s in SPLITS}
+        about = {"sizes": sizes, "cut": self.cut, "left_out": self.left_out}
+        return super().describe() | about | self.wording.describe()
