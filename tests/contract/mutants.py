@@ -115,6 +115,7 @@ MUTANTS = [  # file, what stands there, what stands there instead, where
     ("variants/full.py", "to(dtype, copy=True).contiguous()", "to(dtype).contiguous()", "full+dora"),
     ("variants/hra.py", "(u.mT @ u).triu(1)", "(u.mT @ u).tril(-1).mT.triu(2)", "@hra"),
     ("variants/hra.py", "pairs.insert(0, (k.mT, v.mT))", "pairs.append((k.mT, v.mT))", "@hra"),
+    ("variants/hydra.py", "self.sequential.low(y)", "self.sequential.low(y + u)", "@hydra"),
     ("variants/hydra_lora.py", "self.low_rank.drop(x)", "x", "options/hydra_lora"),
     ("variants/hydra_lora.py", ".transpose(0, 1).flatten(1)",
      ".flatten(0, 1).view(-1, self.experts * z.shape[-1])", "@hydra_lora"),

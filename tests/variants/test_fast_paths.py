@@ -18,6 +18,7 @@ FAST = {
     "hydra_lora": {"rank": 4},
     "molora": {"rank": 4},
     "dora+molora": {"rank": 4},
+    "hydra": {"rank": 4},
     "ia3": {"target_modules": ["0"], "feedforward_modules": ["0"]},
     "bitfit": {},
     "loha": {"rank": 2},  # of rank 4 as a pair
