@@ -96,8 +96,7 @@ class Adapted(nn.Module):
         """Of the base's numbers, what the adapter trains whole left out."""
         from .fingerprint import of_model
 
-        heads = [k.replace("/", ".") for k in self.adapter.trained]
-        return self.__dict__.get("_base") or of_model(self.model, heads)
+        return self.__dict__.get("_base") or of_model(self.model, list(self.adapter.copies()))
 
     # training
 

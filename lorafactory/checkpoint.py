@@ -40,7 +40,7 @@ def save(adapted: Adapted, folder: Path, state: dict[str, Any] | None = None, op
         "variant": adapted.variant,
         "config": asdict(adapted.adapter.config),
         "base": adapted.base_fingerprint(),
-        "heads": _heads(adapted),
+        "heads": list(adapted.adapter.copies()),
         "adapted": adapted.adapter.describe(),
         **adapted.cost(),
     }
@@ -152,10 +152,6 @@ def _model(adapted: Adapted) -> dict[str, Any]:
         "dtype": str(dtype).removeprefix("torch."),
         "labels": [labels[i] for i in sorted(labels)] if labels else None,
     }
-
-
-def _heads(adapted: Adapted) -> list[str]:
-    return [k.replace("/", ".") for k in adapted.adapter.trained]
 
 
 def _unshared(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

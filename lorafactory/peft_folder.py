@@ -112,7 +112,7 @@ def _pair(delta: Delta, base: Any, rank: int | None, name: str, variant: str) ->
 def _write(adapted: Adapted, out: Peft, folder: Path) -> None:
     if not out.layers:
         raise UserError(f"{adapted.variant} has no rank in any layer here: nothing to export")
-    heads: dict[str, Any] = {k.replace("/", "."): copy.module for k, copy in adapted.adapter.trained.items()}
+    heads = adapted.adapter.copies()
     names = {n for n, _ in adapted.model.named_modules()}
     for h in heads:
         if also := [n for n in names if n.endswith(h) and n != h]:

@@ -46,9 +46,8 @@ def load_peft(model: nn.Module, folder: Path) -> Adapted:
 def _fill(adapted: Adapted, saved: Peft, heads: Heads) -> None:
     for part in adapted.adapter.all_parts():
         part.fill(saved)
-    trained: dict[str, Any] = dict(adapted.adapter.trained.items())
-    for key, copy in trained.items():
-        mine, theirs, name = copy.module.state_dict(), heads[key.replace("/", ".")], key.replace("/", ".")
+    for name, module in adapted.adapter.copies().items():
+        mine, theirs = module.state_dict(), heads[name]
         if mine.keys() != theirs.keys():
             raise UserError(f"{name} has {', '.join(theirs)} there and {', '.join(mine)} in this model")
         for n, t in theirs.items():

@@ -68,6 +68,10 @@ class Adapter(nn.Module):
         """Every whole weight [d_out, d_in] that a delta trains."""
         return ((s, d.dense) for s, d in self.inside(Delta) if isinstance(getattr(d, "dense", None), nn.Parameter))
 
+    def copies(self) -> dict[str, nn.Module]:
+        """What is trained whole: the copies, by the names that the modules have in the model."""
+        return {k.replace("/", "."): copy.module for k, copy in self.trained.items()}  # type: ignore[misc]
+
     def idle(self) -> set[str]:
         """Keys of the deltas whose pairs a budget left without any rank."""
         ranks: dict[str, int] = {}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UserError
-from ..registry import nearest
+from .reading import Places, require, texts
 
 
 @dataclass
@@ -25,21 +25,14 @@ class Pair:
 def pairs(data: Any, split: str, prompt: str, completion: str, options: tuple[str, str]) -> list[Pair]:
     """Rows of a datasets.Dataset. prompt, completion: templates over its columns, as 'Q: {question}'; options: how the
     user set them. Raises UserError for a column that is not there, or that holds no text."""
-    wanted: dict[str, None] = {}
-    for option, template in zip(options, (prompt, completion), strict=True):
-        for column in _fields(option, template):
-            if column not in data.column_names:
-                raise UserError(f"{option}: no column {column!r} in the {split} split; {nearest(column, data.column_names)}")
-            wanted[column] = None
-    columns = {c: data[c][:] for c in wanted}
+    wanted = [(o, c) for o, t in zip(options, (prompt, completion), strict=True) for c in _fields(o, t)]
+    require(data, split, wanted)
+    columns = {c: texts(data, split, c) for _, c in wanted}
     found = []
-    for i in range(len(data)):
+    for i, place in enumerate(Places(split, len(data))):
         row = {c: values[i] for c, values in columns.items()}
-        for c, value in row.items():
-            if not isinstance(value, str):
-                raise UserError(f"{split} row {i}: column {c!r} holds {value!r}, not text")
         answer = completion.format_map(row)
-        found.append(Pair(prompt.format_map(row), answer, answer, f"{split} row {i}"))
+        found.append(Pair(prompt.format_map(row), answer, answer, place))
     return found
 
 

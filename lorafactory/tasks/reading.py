@@ -54,15 +54,19 @@ def tables(where: Path | str, subset: str, revision: str | None, layout: str, op
         return datasets.load_dataset(str(where.resolve()), subset or None, cache_dir=str(cache_dir() / "datasets"))
 
 
-
 def _rows(data: Any, split: str, text: list[str], label: str) -> Raw:
     require(data, split, [("task.text", t) for t in text] + [("task.label", label)])
-    columns = [data[t][:] for t in text]
-    for name, values in zip(text, columns, strict=True):
-        for i, value in enumerate(values):
-            if not isinstance(value, str):
-                raise UserError(f"{split} row {i}: column {name!r} holds {value!r}, not text")
+    columns = [texts(data, split, t) for t in text]
     return Raw(list(zip(*columns, strict=True)), data[label][:], Places(split, len(data)), class_names(data, label))
+
+
+def texts(data: Any, split: str, column: str) -> list[str]:
+    """A column's values. Raises UserError for one that is no text."""
+    values = data[column][:]
+    for i, value in enumerate(values):
+        if not isinstance(value, str):
+            raise UserError(f"{split} row {i}: column {column!r} holds {value!r}, not text")
+    return values
 
 
 def require(data: Any, split: str, columns: list[tuple[str, str]]) -> None:
