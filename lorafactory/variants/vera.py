@@ -1,11 +1,11 @@
 import math
 from dataclasses import dataclass
 
-import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from ..adapter import Delta, Elastic, Structure, linear
+from ..adapter.bank import Bank, uniform
 from ..adapter.peft import fit
 from ..errors import UserError
 from ..registry import StructureConfig, register
@@ -13,57 +13,16 @@ from ..registry import StructureConfig, register
 SHARED = ("base_model.vera_A", "base_model.vera_B")  # PEFT's names of the bank
 
 
-def kaiming(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
-    """U(-sqrt(6 / columns), sqrt(6 / columns)); one rounding, so bit-equal wherever the generator is."""
-    return (2 * torch.rand(rows, columns, generator=generator) - 1) * math.sqrt(6 / columns)
+class Pair(Bank):
+    """A [rank, d_in] and B [d_out, rank], Kaiming-uniform"""
 
+    def __init__(self, d_in, d_out, *of):
+        self.d_in, self.d_out = d_in, d_out
+        super().__init__(*of)
 
-def checksum(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """[rank] integers that tell every bit and its place."""
-    bits = torch.cat([a.cpu(), b.cpu().T], 1).float().contiguous().view(torch.int32).long()
-    return (bits * torch.arange(1, bits.shape[1] + 1)).sum(1)
-
-
-class Bank(Elastic):
-    """A [rank, d_in] and B [d_out, rank], frozen, the largest that a site needs: others take a slice.
-
-    Drawn from `seed` in float32 on the CPU, whatever the device and dtype of the base. Unless `kept`, a checkpoint
-    holds only their checksum, whose length is the rank: loading draws them again and compares."""
-
-    def __init__(self, rank, d_in, d_out, seed, kept, like):
-        super().__init__()
-        self.d_in, self.d_out, self.seed, self.kept = d_in, d_out, seed, kept
-        self.register_buffer("checksum", None)
-        for name in ("A", "B"):
-            dtype = torch.promote_types(like.dtype, torch.float32)
-            self.register_buffer(name, torch.empty(0, dtype=dtype, device=like.device), persistent=kept)
-        self.hold(rank)
-
-    def drawn(self, rank):
-        g = torch.Generator().manual_seed(self.seed)
-        return kaiming(rank, self.d_in, g), kaiming(self.d_out, rank, g)
-
-    def hold(self, rank):
-        a, b = self.drawn(rank)
-        self.checksum = checksum(a, b).to(self.A.device)
-        self.A, self.B = a.to(self.A), b.to(self.B)
-
-    def shapes(self):
-        return {"checksum": ("r",), **({"A": ("r", self.d_in), "B": (self.d_out, "r")} if self.kept else {})}
-
-    def complaints(self, saved):
-        bad = super().complaints(saved)
-        if bad:
-            return bad
-        a, b = (saved["A"], saved["B"]) if self.kept else self.drawn(len(saved["checksum"]))
-        if torch.equal(checksum(a, b), saved["checksum"].cpu()):
-            return []
-        if self.kept:
-            return ["checksum is not that of A and B: the file is damaged"]
-        return [f"checksum: bank_seed {self.seed} draws another bank here (another torch?): train with save_bank=true"]
-
-    def allocate(self, saved):
-        self.hold(len(saved["checksum"]))
+    def draw(self, rank, generator):
+        a = uniform(generator, rank, self.d_in, bound=math.sqrt(6 / self.d_in))
+        return a, uniform(generator, self.d_out, rank, bound=math.sqrt(6 / rank))
 
 
 class VeRADelta(Elastic, Delta):
@@ -134,7 +93,8 @@ class VeRA(Structure):
     def __init__(self, config, adapter):
         super().__init__(config, adapter)
         d_in, d_out = max(s.d_in for s in adapter.sites), max(s.d_out for s in adapter.sites)
-        self.bank = Bank(config.rank, d_in, d_out, config.bank_seed, config.save_bank, adapter.sites[0].base.weight)
+        like = adapter.sites[0].base.weight
+        self.bank = Pair(d_in, d_out, config.rank, config.bank_seed, config.save_bank, like)
 
     def build(self, site, make):
         return VeRADelta(self.bank, site, self.config.d_initial, self.config.dropout)
@@ -166,7 +126,7 @@ class VeRA(Structure):
                 if name not in saved.shared:
                     raise UserError(f"it lacks {name}")
                 fit(name, saved.shared.pop(name), mine)
-            self.bank.checksum = checksum(self.bank.A, self.bank.B).to(self.bank.A.device)
+            self.bank.seal(len(self.bank.A), self.bank.A, self.bank.B)
 
     def complaints(self, state):
         rank = len(state["structure.bank.checksum"])

@@ -136,8 +136,8 @@ MUTANTS = [  # file, what stands there, what stands there instead, where
     ("variants/oft.py", "2**0.5 * self.q.norm", "self.q.norm", "@oft"),
     ("variants/pissa.py", "self.config.niter", "0", "options/pissa"),
     ("variants/vera.py", 'self.__dict__["bank"] = bank', "self.bank = bank", "vera vera+dora"),
-    ("variants/vera.py", 'if torch.equal(checksum(a, b), saved["checksum"].cpu()):', "if True:", "@vera"),
-    ("variants/vera.py", "generator=generator", "generator=None", "@vera"),
+    ("adapter/bank.py", 'if torch.equal(checksum(rank, a, b), saved["checksum"].cpu()):', "if True:", "@vera"),
+    ("adapter/bank.py", "generator=generator", "generator=None", "@vera"),
 ]
 # fmt: on
 

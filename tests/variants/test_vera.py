@@ -158,11 +158,11 @@ def test_another_bank_is_refused_B21(keep, tmp_path):
 
 
 def test_swapped_numbers_change_the_checksum():
-    from lorafactory.variants.vera import checksum
+    from lorafactory.adapter.bank import checksum
 
     a, b = torch.randn(3, 4), torch.randn(5, 3)
-    assert not torch.equal(checksum(a[:, [1, 0, 2, 3]], b), checksum(a, b))
-    assert not torch.equal(checksum(a, b[[0, 1, 2, 4, 3]]), checksum(a, b))
+    assert not torch.equal(checksum(3, a[:, [1, 0, 2, 3]], b), checksum(3, a, b))
+    assert not torch.equal(checksum(3, a, b[[0, 1, 2, 4, 3]]), checksum(3, a, b))
 
 
 def test_ranks_that_disagree_are_refused():
