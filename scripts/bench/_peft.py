@@ -109,6 +109,12 @@ def vera(model: Any, c: Any, names: list[str], total: int) -> Side:
     return plain(peft.get_peft_model(model, peft.VeraConfig(r=c.rank, d_initial=c.d_initial, **common(model, names))))
 
 
+@counterpart("PEFT RandLoRA", "randlora")
+def randlora(model: Any, c: Any, names: list[str], total: int) -> Side:
+    options = {"r": c.rank, "randlora_alpha": round(c.scale * c.rank), "randlora_dropout": c.dropout}
+    return plain(peft.get_peft_model(model, peft.RandLoraConfig(**options, sparse=c.basis == "sparse", **common(model, names))))
+
+
 @counterpart("PEFT IA3", "ia3")
 def ia3(model: Any, c: Any, names: list[str], total: int) -> Side:
     second = [n for n in names if any(targets.matches(e, n) for e in c.feedforward_modules or [SECOND])]

@@ -24,6 +24,8 @@ CASES = {
     "dora+rslora": (peft.LoraConfig, {**PLAIN, "use_dora": True, "use_rslora": True}),
     "vera": (peft.VeraConfig, {"r": 6, "projection_prng_key": 3}),
     "vera, drawn": (peft.VeraConfig, {"r": 6, "projection_prng_key": 3, "save_projection": False}),
+    "randlora": (peft.RandLoraConfig, {"r": 5, "randlora_alpha": 50}),
+    "randlora, sparse": (peft.RandLoraConfig, {"r": 5, "very_sparse": True, "projection_prng_key": 3}),
     "ia3": (peft.IA3Config, {}),
     "oft": (peft.OFTConfig, {"oft_block_size": 4, "use_cayley_neumann": False}),
     "oft, series": (peft.OFTConfig, {"oft_block_size": 4, "num_cayley_neumann_terms": 6}),
@@ -139,6 +141,7 @@ def test_what_was_read_trains_on_B31(case, tmp_path):
 
 
 REFUSALS = {
+    "drawn": (peft.RandLoraConfig, {"r": 4, "save_projection": False}, "save it with save_projection=True"),
     "poly": (peft.PolyConfig, {}, "adapter of type POLY; what is read: .*ia3"),
     "biases": (peft.LoraConfig, {"bias": "all"}, "bias=all has no counterpart in lora"),
     "lora_bias": (peft.LoraConfig, {"lora_bias": True}, "lora_bias=True has no counterpart"),

@@ -63,7 +63,18 @@ def boft(d, layer):
     return [(d.q, layer.boft_R["default"], there, here), scale]
 
 
+def randlora(d, layer):
+    """On PEFT's bases."""
+    d.bank.A.copy_(layer.randlora_A["default"].squeeze(1))
+    d.bank.B.copy_(layer.randlora_B["default"].flatten(1))
+    return [(d.Lambda, layer.randlora_lambda["default"], same, same), (d.Gamma, layer.randlora_gamma["default"], same, same)]
+
+
 CASES = {
+    "randlora": Case("randlora", "RandLoraConfig", randlora, {"rank": 5, "scale": 4.0, "by_terms": False},
+                     {"r": 5, "randlora_alpha": 20}),
+    "randlora, sparse": Case("randlora", "RandLoraConfig", randlora, {"rank": 5, "scale": 8.0, "by_terms": False},
+                             {"r": 5, "randlora_alpha": 40, "sparse": True}),
     **{f"boft, {m} factors": Case("boft", "BOFTConfig", boft, {"block_size": b, "factors": m},
                                   {"boft_block_size": b, "boft_n_butterfly_factor": m})
        for m, b in ((1, 8), (2, 8), (3, 4))},

@@ -30,6 +30,7 @@ FAST = {
     "delora": {"rank": 4, "anchored": True},
     "miss": {"rank": 4},
     "miss+dora": {"rank": 4},
+    "randlora": {"rank": 4},
     "krona": {},  # [1, 31] kron [29, 1]
 }
 
