@@ -13,7 +13,7 @@ from typing import Any, Optional
 import torch
 import torch.nn as nn
 
-from . import fingerprint, four_bits, gguf, tiny, vit_mnist
+from . import fingerprint, four_bits, gguf, tiny
 from .attach import seeded
 from .errors import UserError
 from .sources import locate, reading
@@ -28,7 +28,7 @@ LAYOUT = (
 )
 TINY = "lorafactory:tiny"
 # made on the spot, once
-BUILT = {TINY: tiny.folder, "lorafactory:tiny_causal": tiny.causal_folder, "lorafactory:vit_mnist": vit_mnist.folder}
+BUILT = {TINY: tiny.folder, "lorafactory:tiny_causal": tiny.causal_folder}
 KEPT = 2  # loaded bases a process keeps: a sweep over two tasks loads each once
 _loaded: dict[str, Loaded] = {}
 
