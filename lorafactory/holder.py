@@ -28,7 +28,7 @@ class Held:
     delta: Delta
     base: Base
     on: bool = True
-    kept: dict[str, Tensor] | None = None  # the layer's own numbers while it is merged
+    kept: dict[str, Tensor] | None = None  # what merging overwrote, while it is merged
     parked: set[str] = field(default_factory=set)  # parameters that wait in a file
 
 
@@ -97,7 +97,7 @@ def merge(modules: Iterable[nn.Module]) -> None:
     all_held = [(m, held(m)) for m in modules]
     for m, h in all_held:  # before anything is written: some may share a parameter
         switch(m, False)
-        h.kept = {n: t.detach().clone() for n, t in m.state_dict().items()}
+        h.kept = h.delta.keep(h.base)
     for _, h in all_held:
         h.delta.write(h.base)
 
@@ -107,9 +107,7 @@ def unmerge(module: nn.Module) -> None:
     """The module's own numbers, bit for bit."""
     h = held(module)
     kept, h.kept = h.kept or {}, None
-    for name in [n for n, _ in module.named_parameters(recurse=False) if n not in kept]:
-        setattr(module, name, None)  # a bias that merging added
-    module.load_state_dict(kept)
+    h.delta.restore(h.base, kept)
     switch(module, True)
 
 

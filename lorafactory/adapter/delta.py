@@ -88,16 +88,27 @@ class Delta(nn.Module):
         """Make the module compute, without the delta, what it computes with it."""
         base.write(self.weight(base), self.bias(base))
 
+    def keep(self, base: Base) -> dict[str, Tensor]:
+        """The module's numbers that write() overwrites."""
+        return {n: t.detach().clone() for n, t in base.module.state_dict().items()}
+
+    def restore(self, base: Base, kept: dict[str, Tensor]) -> None:
+        """What keep() found, bit for bit."""
+        for name in [n for n, _ in base.module.named_parameters(recurse=False) if n not in kept]:
+            setattr(base.module, name, None)  # a bias that write() added
+        base.module.load_state_dict(kept)
+
     @torch.no_grad()
     def error(self, base: Base) -> float:
         """What write() loses by the cast to the base's dtype, as a share of the update: |W' - W| / |W - W0|, or that of
         the bias where it is more."""
         w, b = self.weight(base), self.bias(base)
-        bias = 0.0 if b is None else _lost(b, base.weight.new_zeros(b.shape) if base.bias is None else base.bias)
-        return max(bias, _lost(w, base.weight))
+        bias = 0.0 if b is None else lost(b, base.weight.new_zeros(b.shape) if base.bias is None else base.bias)
+        return max(bias, lost(w, base.weight))
 
 
-def _lost(new: Tensor, old: Tensor) -> float:
+def lost(new: Tensor, old: Tensor) -> float:
+    """What the cast of new to old's dtype loses, as a share of |new - old|."""
     change = (new.double() - old.double()).norm()
     return float((new.to(old.dtype).double() - new.double()).norm() / change) if change > 0 else 0.0
 
@@ -150,7 +161,7 @@ class Copy(Delta):
     @torch.no_grad()
     def error(self, base: Base) -> float:
         ours, theirs = self.module.state_dict(), base.module.state_dict()
-        return max((_lost(t, theirs[n]) for n, t in ours.items() if t.is_floating_point()), default=0.0)
+        return max((lost(t, theirs[n]) for n, t in ours.items() if t.is_floating_point()), default=0.0)
 
 
 def _cast(t: Any, old: torch.dtype, new: torch.dtype) -> Any:

@@ -45,7 +45,8 @@ class Elastic(nn.Module):
             if name in saved:
                 if now is not None and now.shape == saved[name].shape:
                     continue
-                new = torch.empty(saved[name].shape, dtype=like.dtype, device=like.device)
+                dtype = like.dtype if saved[name].is_floating_point() else saved[name].dtype
+                new = torch.empty(saved[name].shape, dtype=dtype, device=like.device)
                 if name in self._parameters:
                     new = nn.Parameter(new, now is None or now.requires_grad)
             setattr(self, name, new)
