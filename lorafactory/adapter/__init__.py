@@ -7,6 +7,7 @@ from .low_rank import LowRank
 from .part import Decomposition, Init, Part, Stage, Step, Structure
 from .peft import Peft
 from .site import Base, Site
+from .sparse import Sparse
 from .turned import Turned
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Part",
     "Peft",
     "Site",
+    "Sparse",
     "Stage",
     "Step",
     "Structure",

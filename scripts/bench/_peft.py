@@ -160,6 +160,11 @@ def miss(model: Any, c: Any, names: list[str], total: int) -> Side:
     return plain(peft.get_peft_model(model, peft.MissConfig(r=c.rank, miss_dropout=c.dropout, **form, **common(model, names))))
 
 
+@counterpart("PEFT SHiRA", "shira", "PEFT keeps a copy of every weight for its backward pass; ours forms it again")
+def shira(model: Any, c: Any, names: list[str], total: int) -> Side:
+    return plain(peft.get_peft_model(model, peft.ShiraConfig(r=c.rank, random_seed=0, **common(model, names))))
+
+
 @counterpart("PEFT LN tuning", "ln_tuning")
 def ln_tuning(model: Any, c: Any, names: list[str], total: int) -> Side:
     return plain(peft.get_peft_model(model, peft.LNTuningConfig(**common(model, names))))

@@ -38,6 +38,7 @@ CASES = {
     "miss, bat": (peft.MissConfig, {"r": 4, "init_weights": "bat"}),
     "ln_tuning": (peft.LNTuningConfig, {"target_modules": r".*(LayerNorm|ln_\w)"}),
     "delora": (peft.DeloraConfig, {"r": 3, "delora_lambda": 4}),
+    "shira": (peft.ShiraConfig, {"r": 3, "random_seed": 4}),
     "boft": (peft.BOFTConfig, {"boft_block_size": 4}),
     "adalora": (peft.AdaLoraConfig, {"init_r": 5, "target_r": 2, "lora_alpha": 9, "total_step": 10}),
     "hira": (peft.HiraConfig, {"r": 4, "hira_dropout": 0.25, "init_weights": "gaussian"}),
@@ -46,10 +47,10 @@ CASES = {
     "lokr, factor": (peft.LoKrConfig, {"r": 2, "alpha": 6, "decompose_factor": 3, "init_weights": "lycoris"}),
 }
 # PEFT has them for no Conv1D
-ONLY_LINEAR = ("oft", "hra", "miss", "delora", "boft", "loha", "lokr")
+ONLY_LINEAR = ("oft", "hra", "miss", "delora", "boft", "loha", "lokr", "shira")
 PAIRS = [(c, k) for c in CASES for k in MODELS if k == "bert" or c.partition(",")[0] not in ONLY_LINEAR]
 ALIKE = ("lora", "rslora", "dora", "dora+rslora", "vera", "ia3", "adalora", "oft", "hra", "miss", "ln_tuning", "delora",
-         "loha", "lokr", "hira")  # fmt: skip
+         "loha", "lokr", "hira", "shira")  # fmt: skip
 
 
 def from_peft(tmp_path, kind, make, **options):

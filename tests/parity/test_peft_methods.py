@@ -56,6 +56,11 @@ def delora(d, layer):
     return [(p, q, same, same) for p, q in zip((d.A, d.B, d.bound), theirs, strict=True)]
 
 
+def shira(d, layer):
+    layer.shira_indices["default"] = d.index
+    return [(d.values, layer.shira_weight["default"], same, same)]
+
+
 def boft(d, layer):
     """Theirs is -Q as a whole matrix, of which they read the skew part."""
     there, here = lambda q: -linalg.skew(q, d.size), lambda g: linalg.upper(g.mT - g)
@@ -79,6 +84,7 @@ CASES = {
                                   {"boft_block_size": b, "boft_n_butterfly_factor": m})
        for m, b in ((1, 8), (2, 8), (3, 4))},
     "delora": Case("delora", "DeloraConfig", delora, {"rank": 6, "bound": 3.0}, {"r": 6, "delora_lambda": 3}),
+    "shira": Case("shira", "ShiraConfig", shira, {"rank": 3}, {"r": 3}, 1.0),
     "ln_tuning": Case("ln_tuning", "LNTuningConfig", ln_tuning, NORMS, NORMS),
     "miss": Case("miss", "MissConfig", miss, {"rank": 8}, {"r": 8}),
     "miss, a shard that is not whole": Case("miss", "MissConfig", miss, {"rank": 7}, {"r": 7}),
