@@ -80,6 +80,7 @@ class DeLoRA(Structure):
 
     paper = "DeLoRA, arXiv 2503.18225"
     gives = frozenset({"additive", "weight"})
+    does = frozenset({"scales the update"})
 
     @dataclass
     class Config(StructureConfig):

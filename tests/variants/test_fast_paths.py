@@ -11,7 +11,10 @@ D_IN, D_OUT = 29, 31
 FAST = {
     "lora": {"rank": 4},
     "dora": {"rank": 4},
+    "map": {"rank": 4},
     "vera": {"rank": 4},
+    "vera+map": {"rank": 4},
+    "loha+map": {"rank": 2},
     "vera+dora": {"rank": 4},
     "lotr": {"rank": 4, "left": "svd", "core": "svd", "right": "svd"},
     "lotr+dora": {"rank": 4},
