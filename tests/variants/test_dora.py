@@ -8,7 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from lorafactory import attach
 
-OVER = ("dora", "dora+pissa", "vera+dora", "lotr+dora", "full+dora")
+OVER = ("dora", "dora+pissa", "vera+dora", "loha+dora", "lotr+dora", "shira+dora", "full+dora")
 
 
 def trained(spelling, **options):
@@ -42,7 +42,7 @@ def test_equation_by_hand():
     assert close(adapted(torch.eye(2)), torch.tensor([[13.0, 9.2], [15.0, 9.6]]))
 
 
-@pytest.mark.parametrize("spelling", ["dora", "vera+dora", "lotr+dora", "full+dora"])
+@pytest.mark.parametrize("spelling", ["dora", "vera+dora", "loha+dora", "lotr+dora", "shira+dora", "full+dora"])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_starts_at_the_base(spelling, transposed):
     torch.manual_seed(0)
