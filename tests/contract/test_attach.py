@@ -167,7 +167,7 @@ def test_what_only_looks_like_a_linear_layer(name):
                 assert "cannot adapt" in str(e) or "cannot be adapted" in str(e) or name == "ia3", e
                 assert kind is not Renamed
                 continue
-            assert close(adapted(x), y0)
+            assert close(adapted(x), y0) or not registry.parse(name)[0].zero_start
             perturb(adapted.adapter, 0.3)
             y = adapted(x).detach()
             if adapted.adapter.mergeable:
