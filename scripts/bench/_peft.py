@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,9 @@ from _sides import ADAMW, Side, batches, plain
 from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.lora.loraga import preprocess_loraga
 
-from lorafactory import targets
+from lorafactory import linalg, targets
 from lorafactory.variants.ia3 import SECOND
+from lorafactory.variants.vb_lora import LONGEST
 
 Make = Callable[[Any, Any, list[str], int], Side]
 
@@ -113,6 +115,15 @@ def vera(model: Any, c: Any, names: list[str], total: int) -> Side:
 def randlora(model: Any, c: Any, names: list[str], total: int) -> Side:
     options = {"r": c.rank, "randlora_alpha": round(c.scale * c.rank), "randlora_dropout": c.dropout}
     return plain(peft.get_peft_model(model, peft.RandLoraConfig(**options, sparse=c.basis == "sparse", **common(model, names))))
+
+
+@counterpart("PEFT VB-LoRA", "vb_lora")
+def vb_lora(model: Any, c: Any, names: list[str], total: int) -> Side:
+    layers = [model.get_submodule(n) for n in names]
+    every = math.gcd(*(d for m in layers for d in (m.in_features, m.out_features)))
+    length = c.vector_length or max(d for d in linalg.divisors(every) if d <= LONGEST)
+    options = {"r": c.rank, "num_vectors": c.num_vectors, "vector_length": length, "topk": c.top_k}
+    return plain(peft.get_peft_model(model, peft.VBLoRAConfig(**options, vblora_dropout=c.dropout, **common(model, names))))
 
 
 @counterpart("PEFT IA3", "ia3")

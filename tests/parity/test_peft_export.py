@@ -15,7 +15,7 @@ from lorafactory import UserError, attach, export_peft, load
 
 peft = pytest.importorskip("peft")
 TYPES = {"vera": "VERA", "ia3": "IA3", "adalora": "ADALORA", "adalora+pissa": "ADALORA", "adalora+rslora": "ADALORA"}
-TYPES |= {"randlora": "RANDLORA"}
+TYPES |= {"randlora": "RANDLORA", "vb_lora": "VBLORA"}
 LORA = "lora rslora dora pissa eva lora_ga lora_plus lora_pro relora gelora dora+pissa dora+adalora dora+rslora dora+eva"
 TYPES |= {"oft": "OFT", "hra": "HRA", "miss": "MISS", "ln_tuning": "LN_TUNING", "delora": "DELORA",
           "shira": "SHIRA"}  # fmt: skip

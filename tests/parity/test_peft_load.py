@@ -16,6 +16,7 @@ PLAIN = {"r": 4, "lora_alpha": 12}
 LAYERS = {"query": 2, "c_fc": 3}
 PATTERNS = {**PLAIN, "rank_pattern": LAYERS, "alpha_pattern": {"query": 5, "c_fc": 7}}
 SECOND = {"bert": ["output.dense"], "gpt2": ["c_proj"]}
+VBLORA = {"r": 3, "num_vectors": 20, "vector_length": 8, "topk": 3, "init_vector_bank_bound": 0.5}
 CASES = {
     "lora": (peft.LoraConfig, PLAIN),
     "lora, patterns": (peft.LoraConfig, PATTERNS),
@@ -26,6 +27,7 @@ CASES = {
     "vera, drawn": (peft.VeraConfig, {"r": 6, "projection_prng_key": 3, "save_projection": False}),
     "randlora": (peft.RandLoraConfig, {"r": 5, "randlora_alpha": 50}),
     "randlora, sparse": (peft.RandLoraConfig, {"r": 5, "very_sparse": True, "projection_prng_key": 3}),
+    "vb_lora": (peft.VBLoRAConfig, VBLORA),
     "ia3": (peft.IA3Config, {}),
     "oft": (peft.OFTConfig, {"oft_block_size": 4, "use_cayley_neumann": False}),
     "oft, series": (peft.OFTConfig, {"oft_block_size": 4, "num_cayley_neumann_terms": 6}),
@@ -88,6 +90,21 @@ def test_load_reads_what_peft_saved(kind, case, tmp_path):
         assert far(logits(again), want) < 1e-5
         again.detach()
     assert far(logits(peft.PeftModel.from_pretrained(plain, tmp_path / "again").eval()), want) < 1e-5
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_top_weights_alone_are_read_and_written(kind, tmp_path):
+    """A VB-LoRA without its logits, which PEFT refuses to train on, too."""
+    model, theirs = from_peft(tmp_path, kind, peft.VBLoRAConfig, **VBLORA, save_only_topk_weights=True)
+    want = logits(theirs)
+    adapted = load(model, tmp_path / "p").eval()
+    assert far(logits(adapted), want) < 1e-5 and far(logits(bare(adapted)), want) > 1e-2
+    with pytest.raises(UserError, match="cannot train on"):
+        adapted.optimizer(adamw, 1)
+    export_peft(adapted, tmp_path / "again")
+    files = [tmp_path / p / "adapter_model.safetensors" for p in ("p", "again")]
+    assert files[0].stat().st_size == pytest.approx(files[1].stat().st_size, rel=0.05)
+    assert far(logits(peft.PeftModel.from_pretrained(adapted.detach(), tmp_path / "again").eval()), want) < 1e-5
 
 
 @pytest.mark.parametrize("spelling", ALIKE)

@@ -68,6 +68,12 @@ def boft(d, layer):
     return [(d.q, layer.boft_R["default"], there, here), scale]
 
 
+def vb_lora(d, layer):
+    """The bank comes with every layer, and is paired once."""
+    theirs = layer.vblora_logits_A["default"], layer.vblora_logits_B["default"], layer.vblora_vector_bank["default"]
+    return [(p, q, same, same) for p, q in zip((d.logits_A, d.logits_B, d.bank.vectors), theirs, strict=True)]
+
+
 def randlora(d, layer):
     """On PEFT's bases."""
     d.bank.A.copy_(layer.randlora_A["default"].squeeze(1))
@@ -78,6 +84,8 @@ def randlora(d, layer):
 CASES = {
     "randlora": Case("randlora", "RandLoraConfig", randlora, {"rank": 5, "scale": 4.0, "by_terms": False},
                      {"r": 5, "randlora_alpha": 20}),
+    "vb_lora": Case("vb_lora", "VBLoRAConfig", vb_lora, {"rank": 3, "num_vectors": 20, "vector_length": 8, "bound": 0.5},
+                    {"r": 3, "num_vectors": 20, "vector_length": 8}),
     "randlora, sparse": Case("randlora", "RandLoraConfig", randlora, {"rank": 5, "scale": 8.0, "by_terms": False},
                              {"r": 5, "randlora_alpha": 40, "sparse": True}),
     **{f"boft, {m} factors": Case("boft", "BOFTConfig", boft, {"block_size": b, "factors": m},

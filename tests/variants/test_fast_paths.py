@@ -34,6 +34,7 @@ FAST = {
     "miss": {"rank": 4},
     "miss+dora": {"rank": 4},
     "randlora": {"rank": 4},
+    "vb_lora": {"rank": 4, "num_vectors": 6},  # of length 1
     "krona": {},  # [1, 31] kron [29, 1]
 }
 
