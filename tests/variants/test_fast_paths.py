@@ -35,6 +35,8 @@ FAST = {
     "miss+dora": {"rank": 4},
     "randlora": {"rank": 4},
     "vb_lora": {"rank": 4, "num_vectors": 6},  # of length 1
+    "lora_xs": {"rank": 4},
+    "lora_xs+dora": {"rank": 4},
     "krona": {},  # [1, 31] kron [29, 1]
 }
 
