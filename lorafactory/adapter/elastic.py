@@ -43,10 +43,11 @@ class Elastic(nn.Module):
         for name in self.shapes():
             now, new = getattr(self, name), None
             if name in saved:
-                if now is not None and now.shape == saved[name].shape:
+                theirs = saved[name]
+                dtype = like.dtype if theirs.is_floating_point() else theirs.dtype
+                if now is not None and now.shape == theirs.shape and now.dtype == dtype:
                     continue
-                dtype = like.dtype if saved[name].is_floating_point() else saved[name].dtype
-                new = torch.empty(saved[name].shape, dtype=dtype, device=like.device)
+                new = torch.empty(theirs.shape, dtype=dtype, device=like.device)
                 if name in self._parameters:
                     new = nn.Parameter(new, now is None or now.requires_grad)
             setattr(self, name, new)

@@ -95,6 +95,13 @@ class Site:
         """The name as a ModuleDict allows it."""
         return self.name.replace(".", "/")
 
+    @property
+    def kind(self) -> str:
+        """What the same module of every block has in common, as a ModuleDict allows it: the name, the blocks' numbers left
+        out, and the shape."""
+        parts = ["*" if part.isdigit() else part for part in self.name.split(".")]
+        return "/".join([*parts, f"{self.d_out}x{self.d_in}"])
+
     def new(self, *shape: int, fill: float = 0.0) -> Tensor:
         """A tensor for the adapter: float32 or the base's wider dtype, on the layer's device."""
         like = next(p for p in self.base.module.parameters(recurse=False) if p is not None)

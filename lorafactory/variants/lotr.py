@@ -131,10 +131,7 @@ class LoTR(Structure):
                 self.banks[self.key(s)] = Bank(s, config.rank, config.alpha / config.rank, config.factor_std)
 
     def key(self, site) -> str:
-        shape = f"{site.d_out}x{site.d_in}"
-        if self.config.group_by == "shape":
-            return shape
-        return "/".join(["*" if part.isdigit() else part for part in site.name.split(".")] + [shape])
+        return f"{site.d_out}x{site.d_in}" if self.config.group_by == "shape" else site.kind
 
     def build(self, site, make):
         return LoTRDelta(self.banks[self.key(site)])

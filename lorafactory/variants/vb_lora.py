@@ -54,12 +54,6 @@ class VBLoRADelta(Elastic, Delta):
         one = ("logits_A" in saved) != ("index_A" in saved)
         return super().complaints(saved) or ([] if one else ["logits_A is missing, or index_A is one too many"])
 
-    def allocate(self, saved):
-        super().allocate(saved)
-        for name in ("index_A", "index_B"):
-            if name in saved:
-                setattr(self, name, torch.empty_like(saved[name], device=self.bank.vectors.device))
-
     def mixture(self, name):
         """(index [..., k], weight [..., k]), the weights of one sub-vector adding up to 1"""
         logits = getattr(self, f"logits_{name}")
