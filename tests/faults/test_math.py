@@ -33,7 +33,9 @@ def test_B35_labels_on_the_last_tokens_reach_every_layer(name, checkpointing):
     for _ in range(2):
         (adapted(**batch).loss + adapted.penalty()).backward()
         for key, delta in adapted.adapter.deltas.items():
-            if any(p.grad is not None and p.grad.any() for p in delta.parameters()):
+            shared = [m for part in delta.modules() for m in vars(part).values() if isinstance(m, nn.Module)]
+            owned = [p for m in (delta, *shared) for p in m.parameters()]
+            if any(p.grad is not None and p.grad.any() for p in owned):
                 reached.add(key)
         optimizer.step()
         optimizer.zero_grad()
