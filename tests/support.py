@@ -62,6 +62,20 @@ def _layer(d_in: int, d_out: int, transposed: bool, bias: bool = True) -> nn.Mod
     return made
 
 
+class Blocks(nn.Module):
+    """Three blocks with two square layers and one that is not, as attention has them."""
+
+    def __init__(self, d=12, wide=20):
+        super().__init__()
+        make = lambda: nn.ModuleDict({"q": nn.Linear(d, d), "v": nn.Linear(d, d), "up": nn.Linear(d, wide)})  # noqa: E731
+        self.blocks = nn.ModuleList(make() for _ in range(3))
+
+    def forward(self, x):
+        for b in self.blocks:
+            x = x + torch.tanh(b["v"](torch.tanh(b["q"](x)))) + b["up"](x)[..., : x.shape[-1]]
+        return x
+
+
 class Regression:
     """Batches {x, y} of a teacher: the base with a dense and a rank-1 change of every matrix, and of every bias."""
 

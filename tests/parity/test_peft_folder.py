@@ -13,7 +13,7 @@ peft = pytest.importorskip("peft")
 EXACT = ("lora", "rslora", "lora_plus", "pissa", "adalora", "vera", "lotr", "adalora+pissa", "relora", "loha")
 EXACT = ("lora", "rslora", "lora_plus", "pissa", "adalora", "vera", "lotr", "miss", "adalora+pissa", "relora")
 EXACT = ("lora", "rslora", "lora_plus", "pissa", "adalora", "vera", "lotr", "miss", "delora", "adalora+pissa", "relora")
-EXACT += ("randlora", "vb_lora", "lora_xs")
+EXACT += ("randlora", "vb_lora", "lora_xs", "mos")
 DENSE = ("dora", "dora+pissa", "adalora+dora")
 REFUSED = {"molora": "depends on its input", "hydra_lora": "depends on its input"}
 

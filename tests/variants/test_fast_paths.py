@@ -37,6 +37,7 @@ FAST = {
     "vb_lora": {"rank": 4, "num_vectors": 6},  # of length 1
     "lora_xs": {"rank": 4},
     "lora_xs+dora": {"rank": 4},
+    "mos": {"shards": 1},
     "krona": {},  # [1, 31] kron [29, 1]
 }
 

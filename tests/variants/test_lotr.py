@@ -4,27 +4,13 @@ import itertools
 import pytest
 import torch
 import torch.nn as nn
-from support import Net, Regression, adamw, attached, cloned, close, linear_sites, perturb, roberta_base, train
+from support import Blocks, Net, Regression, adamw, attached, cloned, close, linear_sites, perturb, roberta_base, train
 
 from lorafactory import Adapted, UserError, attach, load, registry
 
 CHANGES = {"group_by": (["module_name"], {"target_modules": ["fc1", "fc2", "fc3"]})}
 STARTS = list(itertools.product(("normal", "svd", "zero"), ("zero", "neutral", "svd"), ("normal", "svd", "zero")))
 LEGAL = [s for s in STARTS if s.count("zero") <= 1]
-
-
-class Blocks(nn.Module):
-    """Three blocks with two square layers and one that is not, as attention has them."""
-
-    def __init__(self, d=12, wide=20):
-        super().__init__()
-        make = lambda: nn.ModuleDict({"q": nn.Linear(d, d), "v": nn.Linear(d, d), "up": nn.Linear(d, wide)})  # noqa: E731
-        self.blocks = nn.ModuleList(make() for _ in range(3))
-
-    def forward(self, x):
-        for b in self.blocks:
-            x = x + torch.tanh(b["v"](torch.tanh(b["q"](x)))) + b["up"](x)[..., : x.shape[-1]]
-        return x
 
 
 def updates(adapted):
