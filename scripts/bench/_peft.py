@@ -187,6 +187,16 @@ def delora(model: Any, c: Any, names: list[str], total: int) -> Side:
     return plain(peft.get_peft_model(model, options))
 
 
+def spectral(model: Any, make: Any, c: Any, names: list[str], **more: Any) -> Side:
+    options = {"n_frequency": c.n, "scaling": c.scale, "random_loc_seed": c.position_seed, "init_weights": c.start == "zero"}
+    return plain(peft.get_peft_model(model, make(**options, **common(model, names), **more)))
+
+
+@counterpart("PEFT FourierFT", "fourierft", "PEFT forms the update, ours only where n is large; PEFT draws positions a layer")
+def fourierft(model: Any, c: Any, names: list[str], total: int) -> Side:
+    return spectral(model, peft.FourierFTConfig, c, names)
+
+
 @counterpart("PEFT AdaLoRA", "adalora", "PEFT averages norms in its penalty, ours sums their squares, as the paper")
 def adalora(model: Any, c: Any, names: list[str], total: int) -> Side:
     b = c.budget

@@ -19,6 +19,8 @@ TYPES |= {"randlora": "RANDLORA", "vb_lora": "VBLORA"}
 LORA = "lora rslora dora pissa eva lora_ga lora_plus lora_pro relora gelora dora+pissa dora+adalora dora+rslora dora+eva"
 TYPES |= {"oft": "OFT", "hra": "HRA", "miss": "MISS", "ln_tuning": "LN_TUNING", "delora": "DELORA",
           "shira": "SHIRA"}  # fmt: skip
+TYPES |= {"fourierft": "FOURIERFT"}
+TYPES |= {"oft": "OFT", "hra": "HRA", "miss": "MISS", "ln_tuning": "LN_TUNING", "delora": "DELORA"}
 TYPES |= dict.fromkeys(LORA.split(), "LORA")
 TYPES |= dict.fromkeys(("hira", "hira+lora_plus", "hira+adalora"), "HIRA")
 LYCORIS = {"loha": "LOHA", "lokr": "LOKR"}

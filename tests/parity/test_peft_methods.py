@@ -88,6 +88,16 @@ CASES = {
                     {"r": 3, "num_vectors": 20, "vector_length": 8}),
     "randlora, sparse": Case("randlora", "RandLoraConfig", randlora, {"rank": 5, "scale": 8.0, "by_terms": False},
                              {"r": 5, "randlora_alpha": 40, "sparse": True}),
+def fourierft(d, layer):
+    return [(d.c, layer.fourierft_spectrum["default"], same, same)]
+
+
+CASES = {
+    "fourierft": Case("fourierft", "FourierFTConfig", fourierft, {"n": 300, "scale": 20.0},
+                      {"n_frequency": 300, "scaling": 20.0}),
+    "fourierft, by the activations": Case("fourierft", "FourierFTConfig", fourierft,
+                                          {"n": 1, "scale": 500.0, "position_seed": 3},
+                                          {"n_frequency": 1, "scaling": 500.0, "random_loc_seed": 3}),
     **{f"boft, {m} factors": Case("boft", "BOFTConfig", boft, {"block_size": b, "factors": m},
                                   {"boft_block_size": b, "boft_n_butterfly_factor": m})
        for m, b in ((1, 8), (2, 8), (3, 4))},

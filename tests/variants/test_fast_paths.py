@@ -39,6 +39,7 @@ FAST = {
     "lora_xs+dora": {"rank": 4},
     "mos": {"shards": 1},
     "krona": {},  # [1, 31] kron [29, 1]
+    "fourierft": {"n": 1},
 }
 
 
