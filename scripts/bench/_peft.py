@@ -197,6 +197,15 @@ def fourierft(model: Any, c: Any, names: list[str], total: int) -> Side:
     return spectral(model, peft.FourierFTConfig, c, names)
 
 
+@counterpart("PEFT C3A", "c3a", "PEFT transforms as if x were complex, twice the work")
+def c3a(model: Any, c: Any, names: list[str], total: int) -> Side:
+    layers = {n: model.get_submodule(n) for n in names}
+    sizes = {n: c.block_size or math.gcd(m.in_features, m.out_features) for n, m in layers.items()}
+    start = {"xavier": "xavier_uniform", "kaiming": "kaiming_uniform", "normal": "gaussian", "zero": True}[c.start]
+    options = peft.C3AConfig(block_size=1, block_size_pattern=sizes, init_weights=start, **common(model, names))
+    return plain(peft.get_peft_model(model, options))
+
+
 @counterpart("PEFT AdaLoRA", "adalora", "PEFT averages norms in its penalty, ours sums their squares, as the paper")
 def adalora(model: Any, c: Any, names: list[str], total: int) -> Side:
     b = c.budget

@@ -42,6 +42,7 @@ CASES = {
     "delora": (peft.DeloraConfig, {"r": 3, "delora_lambda": 4}),
     "shira": (peft.ShiraConfig, {"r": 3, "random_seed": 4}),
     "boft": (peft.BOFTConfig, {"boft_block_size": 4}),
+    "c3a": (peft.C3AConfig, {"block_size": 4, "block_size_pattern": {"query": 8}, "init_weights": "gaussian"}),
     "fourierft": (peft.FourierFTConfig, {"n_frequency": 90, "n_frequency_pattern": {"query": 30}, "random_loc_seed": 3}),
     "adalora": (peft.AdaLoraConfig, {"init_r": 5, "target_r": 2, "lora_alpha": 9, "total_step": 10}),
     "hira": (peft.HiraConfig, {"r": 4, "hira_dropout": 0.25, "init_weights": "gaussian"}),
@@ -55,6 +56,10 @@ PAIRS = [(c, k) for c in CASES for k in MODELS if k == "bert" or c.partition(","
 ALIKE = ("lora", "rslora", "dora", "dora+rslora", "vera", "ia3", "adalora", "oft", "hra", "miss", "ln_tuning", "delora",
          "loha", "lokr", "hira", "shira")  # fmt: skip
          "loha", "lokr", "hira", "fourierft")  # fmt: skip
+ONLY_LINEAR = ("oft", "hra", "miss", "delora", "boft", "loha", "lokr", "c3a")
+PAIRS = [(c, k) for c in CASES for k in MODELS if k == "bert" or c.partition(",")[0] not in ONLY_LINEAR]
+ALIKE = ("lora", "rslora", "dora", "dora+rslora", "vera", "ia3", "adalora", "oft", "hra", "miss", "ln_tuning", "delora",
+         "loha", "lokr", "hira", "fourierft", "c3a")  # fmt: skip
 
 
 def from_peft(tmp_path, kind, make, **options):

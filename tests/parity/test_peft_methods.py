@@ -2,6 +2,8 @@
 
 import copy
 from dataclasses import dataclass, field
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -92,7 +94,13 @@ def fourierft(d, layer):
     return [(d.c, layer.fourierft_spectrum["default"], same, same)]
 
 
+def c3a(d, layer):
+    return [(d.w, layer.c3a_kernel["default"], same, same)]
+
+
 CASES = {
+    "c3a": Case("c3a", "C3AConfig", c3a, {"block_size": 16}, {"block_size": 16}),
+    "c3a, small blocks": Case("c3a", "C3AConfig", c3a, {"block_size": 2}, {"block_size": 2}),
     "fourierft": Case("fourierft", "FourierFTConfig", fourierft, {"n": 300, "scale": 20.0},
                       {"n_frequency": 300, "scaling": 20.0}),
     "fourierft, by the activations": Case("fourierft", "FourierFTConfig", fourierft,
@@ -125,6 +133,14 @@ def without_the_kernel(monkeypatch):
     monkeypatch.setattr(layer, "get_fbd_cuda", lambda: True)
     diagonal = lambda r: torch.stack([torch.block_diag(*blocks) for blocks in r])  # noqa: E731
     monkeypatch.setattr(layer.FastBlockDiag, "apply", diagonal)
+
+
+@pytest.fixture(autouse=True)
+def with_the_gradient_of_its_forward(monkeypatch):
+    """PEFT's C3A has a backward pass of its own, wrong in x: a test below. Here autograd differentiates its forward."""
+    layer = peft.tuners.c3a.layer
+    forward, context = layer.BlockCircularConvolution.forward, SimpleNamespace(save_for_backward=lambda *t: None)
+    monkeypatch.setattr(layer, "BlockCircularConvolution", SimpleNamespace(apply=partial(forward, context)))
 
 
 def both(case):
@@ -174,3 +190,20 @@ def test_peft_s_two_rotations_are_each_other_s_inverse():
     assert near(series, exact.mT) and not near(series, exact)
     s = linalg.skew(q, 8)
     assert near(linalg.cayley(s), series) and near(linalg.cayley(s, 9), series)
+
+
+@pytest.mark.parametrize("b, right", [(2, True), (3, False), (8, False)])
+def test_peft_s_backward_of_c3a_is_wrong_in_x(b, right):
+    """Against autograd through its own dense matrix: right in w, in x only for blocks of two."""
+    from peft.tuners.c3a.utils import BlockCircularConvolution, get_circulant_fast
+
+    x, w = torch.randn(5, 3 * b, requires_grad=True), torch.randn(2, 3, b, requires_grad=True)
+    y, z = BlockCircularConvolution.apply(x, w), x @ get_circulant_fast(w).T
+    g = torch.randn_like(y)
+    (of_x, of_w), (true_x, true_w) = torch.autograd.grad(y, (x, w), g), torch.autograd.grad(z, (x, w), g)
+    assert near(y, z) and near(of_w, true_w) and near(of_x, true_x) == right
+    ours = attach(torch.nn.Sequential(torch.nn.Linear(3 * b, 2 * b)), "c3a", block_size=b)
+    with torch.no_grad():
+        ours.adapter.deltas["0"].w.copy_(w * 3 * b)
+    mine = ours.adapter.deltas["0"].update(x, ours.adapter.sites[0].base, None)
+    assert near(mine, z) and near(torch.autograd.grad(mine, x, g)[0], true_x)
