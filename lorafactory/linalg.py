@@ -52,6 +52,8 @@ def hadamard(b1: Tensor, a1: Tensor, b2: Tensor, a2: Tensor) -> tuple[Tensor, Te
 
 def divisors(n: int) -> list[int]:
     return [k for k in range(1, n + 1) if n % k == 0]
+
+
 def skew(upper: Tensor, size: int) -> Tensor:
     """[..., size (size - 1) / 2], the entries above the diagonal row by row -> S [..., size, size] with S^T = -S."""
     rows, columns = torch.triu_indices(size, size, 1, device=upper.device)
@@ -82,9 +84,8 @@ def cayley(s: Tensor, terms: int | None = None) -> Tensor:
 
 
 def blockwise(x: Tensor, blocks: Tensor) -> Tensor:
-    """x [..., n b] times the block-diagonal matrix of blocks [n or 1, b, b], row by row."""
-    b = blocks.shape[-1]
-    rows = x.unflatten(-1, (-1, b))
+    """x [..., n b] times the block-diagonal matrix of blocks [n or 1, b, c], row by row: [..., n c]."""
+    rows = x.unflatten(-1, (len(blocks) if len(blocks) > 1 else -1, blocks.shape[-2]))
     if len(blocks) == 1:
         return (rows @ blocks[0]).flatten(-2)
     return torch.einsum("...nk,nkc->...nc", rows, blocks).flatten(-2)

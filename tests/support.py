@@ -175,6 +175,8 @@ def told(name: str) -> Any:
     """tests/variants/test_<name>.py, which may hold
     SMALL    {option: value}: under these the method acts within a few steps on 24 dimensions
     FINE     {option: value}: under these a small change of what trains is a small update
+    TOTAL    the ranks of a layer's pairs together, as a multiple of the option `rank`, where that is not 1
+    TALL     how many outputs a pair has for each of its layer's, where that is not 1
     CHANGES  {option: ([values to try], {other options under which it matters})}, where guessing by type will not do"""
     path = Path(__file__).parent / "variants" / f"test_{name}.py"
     if not path.exists():

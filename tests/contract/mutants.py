@@ -135,6 +135,7 @@ MUTANTS = [  # file, what stands there, what stands there instead, where
     ("variants/lotr.py", "left.T @ w @ right.T", "right @ w.T @ left", "@lotr"),
     ("variants/map.py", "inner.randomize()", "pass", "map"),
     ("variants/map.py", "(b.T @ b) * (a @ a.T)", "(b.T @ b) @ (a @ a.T)", "@map"),
+    ("variants/melora.py", "first.A_past is not None", "False", "@melora"),
     ("variants/miss.py", "-self.d_in % r", "0 * r", "@miss"),
     ("variants/miss.py", "w + w @ self.D[:, None]", "w + self.D[:, None] @ w", "@miss"),
     ("variants/miss.py", "nn.init.normal_(self.D)", "pass", "words"),

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
-from support import Net, Regression, adamw, attached, perturb, small, train
+from support import Net, Regression, adamw, attached, perturb, small, told, train
 
 from lorafactory import UserError, attach, registry
 
@@ -80,19 +80,20 @@ def test_B14_all_that_is_declared_trainable_moves(name):
 @pytest.mark.parametrize("name", RANKED)
 def test_B13_rank_and_alpha_tables_are_resolved_apart(name):
     """A broad entry in one table, a narrow and anchored one in the other; rank, alpha and scale are told per layer."""
-    experts = getattr(registry.get(name).Config(), "experts", 1)
+    tall = getattr(told(name), "TALL", getattr(registry.get(name).Config(), "experts", 1))
+    total = getattr(told(name), "TOTAL", 1)
     torch.manual_seed(0)
     adapted = attach(
         Net(), name, rank=4, alpha=8.0, target_modules=LAYERS, rank_pattern={r"fc\d": 2}, alpha_pattern={"^fc2$": 32.0}
     )
-    pairs = max(1, sum(s.name == "fc1" for s, _ in adapted.adapter.low_ranks()))  # their ranks add up
-    found = {a["name"]: (a["rank"] / pairs, a["scale"]) for a in adapted.adapter.describe()}
+    found = {a["name"]: (a["rank"] / total, a["scale"]) for a in adapted.adapter.describe()}
     assert found == {"fc1": (2, 4.0), "fc2": (2, 16.0), "fc3": (2, 4.0)}
-    assert all(low.A.shape[0] == 2 and low.B.shape[0] == experts * s.d_out for s, low in adapted.adapter.low_ranks())
+    pairs = adapted.adapter.low_ranks() if total == 1 else ()
+    assert all(low.A.shape[0] == 2 and low.B.shape[0] == tall * s.d_out for s, low in pairs)
     other = attach(
         Net(), name, rank=4, alpha=8.0, target_modules=LAYERS, rank_pattern={"fc1": 2}, alpha_pattern={"fc.*": 4.0}
     )
-    found = {a["name"]: (a["rank"] / pairs, a["scale"]) for a in other.adapter.describe()}
+    found = {a["name"]: (a["rank"] / total, a["scale"]) for a in other.adapter.describe()}
     assert found == {"fc1": (2, 2.0), "fc2": (4, 1.0), "fc3": (4, 1.0)}
 
 

@@ -38,6 +38,7 @@ FAST = {
     "lora_xs": {"rank": 4},
     "lora_xs+dora": {"rank": 4},
     "mos": {"shards": 1},
+    "melora": {"rank": 4, "minis": 1},  # 29 and 31 have no other divisor
     "krona": {},  # [1, 31] kron [29, 1]
     "fourierft": {"n": 1},
 }

@@ -8,6 +8,7 @@ from support import Net, close, linear_sites, perturb, roberta_base
 
 from lorafactory import UserError, attach
 
+TOTAL = 2  # both branches have the rank
 CHANGES = {"branches": (["parallel", "sequential"], {}), "sequential_rank": ([2, 5], {})}
 TARGETS = {"target_modules": ["fc1", "fc2", "fc3"], "trained_modules": []}
 
