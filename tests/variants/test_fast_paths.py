@@ -39,6 +39,8 @@ FAST = {
     "lora_xs+dora": {"rank": 4},
     "mos": {"shards": 1},
     "melora": {"rank": 4, "minis": 1},  # 29 and 31 have no other divisor
+    "moslora": {"rank": 4},
+    "moslora+dora": {"rank": 4},
     "krona": {},  # [1, 31] kron [29, 1]
     "fourierft": {"n": 1},
 }
