@@ -50,6 +50,18 @@ def hadamard(b1: Tensor, a1: Tensor, b2: Tensor, a2: Tensor) -> tuple[Tensor, Te
     return (b1[:, :, None] * b2[:, None, :]).flatten(1), (a1[:, None, :] * a2[None, :, :]).flatten(0, 1)
 
 
+def orthonormal(rows: Tensor) -> Tensor:
+    """Gram-Schmidt on the rows [n, d], in their order: each new one points as its own row does."""
+    q, r = torch.linalg.qr(rows.mT)
+    return (q * r.diagonal().sign()).mT
+
+
+def polar(m: Tensor) -> Tensor:
+    """The orthogonal matrix that is nearest to m [n, n]."""
+    u, _, vt = torch.linalg.svd(m)
+    return u @ vt
+
+
 def divisors(n: int) -> list[int]:
     return [k for k in range(1, n + 1) if n % k == 0]
 

@@ -40,6 +40,8 @@ MUTANTS = [  # file, what stands there, what stands there instead, where
      "new = nn.Parameter(new, False)", "lora new_process"),
     ("adapter/elastic.py", "list(got) != want", "False", "lora"),
     ("adapter/elastic.py", "needed = any(n in saved for n in group[name]) if together else", "needed =", "pissa words"),
+    ("adapter/framed.py", ".unflatten(-1, (k, m)).sum(-2)", "[..., :m]", "@e8_lora"),
+    ("adapter/framed.py", "x[..., whole:m].to(y.dtype)", "0 * x[..., whole:m].to(y.dtype)", "@leech_lora"),
     ("adapter/low_rank.py", "self.scale if self.gate is None else self.scale * self.gate", "self.scale", "adalora"),
     ("adapter/low_rank.py", "F.dropout(x, self.dropout, self.training)", "F.dropout(x, self.dropout, True)", "lora"),
     ("adapter/low_rank.py", "return through(self.drop(x), a, b)", "return through(x, a, b)", "lora"),

@@ -41,6 +41,7 @@ FAST = {
     "melora": {"rank": 4, "minis": 1},  # 29 and 31 have no other divisor
     "moslora": {"rank": 4},
     "moslora+dora": {"rank": 4},
+    "e8_lora": {"rectangle": "fold"},
     "krona": {},  # [1, 31] kron [29, 1]
     "fourierft": {"n": 1},
 }
