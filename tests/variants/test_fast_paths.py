@@ -42,6 +42,7 @@ FAST = {
     "moslora": {"rank": 4},
     "moslora+dora": {"rank": 4},
     "e8_lora": {"rectangle": "fold"},
+    "leech_lora": {"tail": "cut"},
     "krona": {},  # [1, 31] kron [29, 1]
     "fourierft": {"n": 1},
 }
