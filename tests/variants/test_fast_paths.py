@@ -43,6 +43,8 @@ FAST = {
     "moslora+dora": {"rank": 4},
     "e8_lora": {"rectangle": "fold"},
     "leech_lora": {"tail": "cut"},
+    "rasa": {"rank": 4},
+    "rasa+dora": {"rank": 4},
     "krona": {},  # [1, 31] kron [29, 1]
     "fourierft": {"n": 1},
 }
