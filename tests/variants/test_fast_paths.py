@@ -45,6 +45,7 @@ FAST = {
     "leech_lora": {"tail": "cut"},
     "rasa": {"rank": 4},
     "rasa+dora": {"rank": 4},
+    "denselora": {"rank": 4},
     "krona": {},  # [1, 31] kron [29, 1]
     "fourierft": {"n": 1},
 }
