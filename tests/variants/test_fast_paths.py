@@ -46,6 +46,7 @@ FAST = {
     "rasa": {"rank": 4},
     "rasa+dora": {"rank": 4},
     "denselora": {"rank": 4},
+    "cg_lora": {},
     "krona": {},  # [1, 31] kron [29, 1]
     "fourierft": {"n": 1},
 }
