@@ -47,6 +47,7 @@ FAST = {
     "rasa+dora": {"rank": 4},
     "denselora": {"rank": 4},
     "cg_lora": {},
+    "queryable_lora": {"rank": 4},
     "krona": {},  # [1, 31] kron [29, 1]
     "fourierft": {"n": 1},
 }
