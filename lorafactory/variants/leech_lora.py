@@ -32,7 +32,8 @@ def golay() -> list[list[int]]:
 
 def hermite(rows: list[list[int]]) -> list[list[int]]:
     """The Hermite normal form of the lattice that integer vectors of full rank span: an upper triangular basis."""
-    rows, basis = [list(r) for r in rows], []
+    rows = [list(r) for r in rows]
+    basis: list[list[int]] = []
     for c in range(len(rows[0])):
         while len(live := sorted((r for r in rows if r[c]), key=lambda r: abs(r[c]))) > 1:
             for r in live[1:]:

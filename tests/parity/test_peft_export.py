@@ -17,17 +17,13 @@ peft = pytest.importorskip("peft")
 TYPES = {"vera": "VERA", "ia3": "IA3", "adalora": "ADALORA", "adalora+pissa": "ADALORA", "adalora+rslora": "ADALORA"}
 TYPES |= {"randlora": "RANDLORA", "vb_lora": "VBLORA"}
 LORA = "lora rslora dora pissa eva lora_ga lora_plus lora_pro relora gelora dora+pissa dora+adalora dora+rslora dora+eva"
-TYPES |= {"oft": "OFT", "hra": "HRA", "miss": "MISS", "ln_tuning": "LN_TUNING", "delora": "DELORA",
-          "shira": "SHIRA"}  # fmt: skip
-TYPES |= {"fourierft": "FOURIERFT"}
-TYPES |= {"fourierft": "FOURIERFT", "c3a": "C3A"}
 TYPES |= {"oft": "OFT", "hra": "HRA", "miss": "MISS", "ln_tuning": "LN_TUNING", "delora": "DELORA"}
+TYPES |= {"shira": "SHIRA", "fourierft": "FOURIERFT", "c3a": "C3A"}
 TYPES |= dict.fromkeys(LORA.split(), "LORA")
 TYPES |= dict.fromkeys(("hira", "hira+lora_plus", "hira+adalora"), "HIRA")
 LYCORIS = {"loha": "LOHA", "lokr": "LOKR"}
 TYPES |= LYCORIS
-ONLY_LINEAR = ("OFT", "HRA", "MISS", "DELORA", "SHIRA", *LYCORIS.values())  # PEFT has them for no Conv1D
-ONLY_LINEAR = ("OFT", "HRA", "MISS", "DELORA", "C3A", *LYCORIS.values())  # PEFT has them for no Conv1D
+ONLY_LINEAR = ("OFT", "HRA", "MISS", "DELORA", "SHIRA", "C3A", *LYCORIS.values())  # PEFT has them for no Conv1D
 PAIRS = [(s, list(MODELS)[i // 3 % 2]) for i, s in enumerate(sized(2, 2)) if i % 3 == 0 or s in TYPES]
 
 

@@ -10,9 +10,7 @@ from support import Net, Regression, adamw, attached, loss, needs_head, train
 from lorafactory import UserError, export_lora, registry
 
 peft = pytest.importorskip("peft")
-EXACT = ("lora", "rslora", "lora_plus", "pissa", "adalora", "vera", "lotr", "adalora+pissa", "relora", "loha")
-EXACT = ("lora", "rslora", "lora_plus", "pissa", "adalora", "vera", "lotr", "miss", "adalora+pissa", "relora")
-EXACT = ("lora", "rslora", "lora_plus", "pissa", "adalora", "vera", "lotr", "miss", "delora", "adalora+pissa", "relora")
+EXACT = ("loha", "lora", "rslora", "lora_plus", "pissa", "adalora", "vera", "lotr", "miss", "delora", "adalora+pissa", "relora")
 EXACT += ("randlora", "vb_lora", "lora_xs", "mos")
 DENSE = ("dora", "dora+pissa", "adalora+dora")
 REFUSED = {"molora": "depends on its input", "hydra_lora": "depends on its input"}

@@ -51,15 +51,10 @@ CASES = {
     "lokr, factor": (peft.LoKrConfig, {"r": 2, "alpha": 6, "decompose_factor": 3, "init_weights": "lycoris"}),
 }
 # PEFT has them for no Conv1D
-ONLY_LINEAR = ("oft", "hra", "miss", "delora", "boft", "loha", "lokr", "shira")
+ONLY_LINEAR = ("oft", "hra", "miss", "delora", "boft", "loha", "lokr", "shira", "c3a")
 PAIRS = [(c, k) for c in CASES for k in MODELS if k == "bert" or c.partition(",")[0] not in ONLY_LINEAR]
 ALIKE = ("lora", "rslora", "dora", "dora+rslora", "vera", "ia3", "adalora", "oft", "hra", "miss", "ln_tuning", "delora",
-         "loha", "lokr", "hira", "shira")  # fmt: skip
-         "loha", "lokr", "hira", "fourierft")  # fmt: skip
-ONLY_LINEAR = ("oft", "hra", "miss", "delora", "boft", "loha", "lokr", "c3a")
-PAIRS = [(c, k) for c in CASES for k in MODELS if k == "bert" or c.partition(",")[0] not in ONLY_LINEAR]
-ALIKE = ("lora", "rslora", "dora", "dora+rslora", "vera", "ia3", "adalora", "oft", "hra", "miss", "ln_tuning", "delora",
-         "loha", "lokr", "hira", "fourierft", "c3a")  # fmt: skip
+         "loha", "lokr", "hira", "shira", "fourierft", "c3a")  # fmt: skip
 
 
 def from_peft(tmp_path, kind, make, **options):

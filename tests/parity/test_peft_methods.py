@@ -83,13 +83,6 @@ def randlora(d, layer):
     return [(d.Lambda, layer.randlora_lambda["default"], same, same), (d.Gamma, layer.randlora_gamma["default"], same, same)]
 
 
-CASES = {
-    "randlora": Case("randlora", "RandLoraConfig", randlora, {"rank": 5, "scale": 4.0, "by_terms": False},
-                     {"r": 5, "randlora_alpha": 20}),
-    "vb_lora": Case("vb_lora", "VBLoRAConfig", vb_lora, {"rank": 3, "num_vectors": 20, "vector_length": 8, "bound": 0.5},
-                    {"r": 3, "num_vectors": 20, "vector_length": 8}),
-    "randlora, sparse": Case("randlora", "RandLoraConfig", randlora, {"rank": 5, "scale": 8.0, "by_terms": False},
-                             {"r": 5, "randlora_alpha": 40, "sparse": True}),
 def fourierft(d, layer):
     return [(d.c, layer.fourierft_spectrum["default"], same, same)]
 
@@ -99,6 +92,12 @@ def c3a(d, layer):
 
 
 CASES = {
+    "randlora": Case("randlora", "RandLoraConfig", randlora, {"rank": 5, "scale": 4.0, "by_terms": False},
+                     {"r": 5, "randlora_alpha": 20}),
+    "randlora, sparse": Case("randlora", "RandLoraConfig", randlora, {"rank": 5, "scale": 8.0, "by_terms": False},
+                             {"r": 5, "randlora_alpha": 40, "sparse": True}),
+    "vb_lora": Case("vb_lora", "VBLoRAConfig", vb_lora, {"rank": 3, "num_vectors": 20, "vector_length": 8, "bound": 0.5},
+                    {"r": 3, "num_vectors": 20, "vector_length": 8}),
     "c3a": Case("c3a", "C3AConfig", c3a, {"block_size": 16}, {"block_size": 16}),
     "c3a, small blocks": Case("c3a", "C3AConfig", c3a, {"block_size": 2}, {"block_size": 2}),
     "fourierft": Case("fourierft", "FourierFTConfig", fourierft, {"n": 300, "scale": 20.0},
