@@ -166,6 +166,8 @@ MUTANTS = [  # file, what stands there, what stands there instead, where
     ("variants/queryable_lora.py", "leader is not self and ", "", "@queryable_lora"),
     ("variants/queryable_lora.py", "if b < self.block and s.shape", "if s.shape",
      "transformers/queryable_lora"),
+    ("variants/tied_lora.py", "b * self.v[:, None], self.pair.A", "b, self.pair.A", "@tied_lora"),
+    ("variants/tied_lora.py", 'for name in ("B", "v", "u", "A")', 'for name in ("A", "B", "v", "u")', "@tied_lora"),
     ("variants/vera.py", 'self.__dict__["bank"] = bank', "self.bank = bank", "vera vera+dora"),
     ("adapter/bank.py", 'if torch.equal(checksum(rank, a, b), saved["checksum"].cpu()):', "if True:", "@vera"),
     ("adapter/bank.py", "generator=generator", "generator=None", "@vera"),

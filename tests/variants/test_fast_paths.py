@@ -48,6 +48,7 @@ FAST = {
     "denselora": {"rank": 4},
     "cg_lora": {},
     "queryable_lora": {"rank": 4},
+    "tied_lora": {"rank": 4},
     "krona": {},  # [1, 31] kron [29, 1]
     "fourierft": {"n": 1},
 }
