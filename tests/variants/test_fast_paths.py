@@ -43,6 +43,7 @@ FAST = {
     "moslora+dora": {"rank": 4},
     "e8_lora": {"rectangle": "fold"},
     "leech_lora": {"tail": "cut"},
+    "block_lora": {"rank": 4, "arms": 3},
     "rasa": {"rank": 4},
     "rasa+dora": {"rank": 4},
     "denselora": {"rank": 4},
