@@ -174,6 +174,7 @@ def linear_sites(adapted: Adapted) -> Iterator[tuple[Any, Any]]:
 def told(name: str) -> Any:
     """tests/variants/test_<name>.py, which may hold
     SMALL    {option: value}: under these the method acts within a few steps on 24 dimensions
+    NARROW   {option: value}: where its defaults are too large for a layer [32, 64]
     FINE     {option: value}: under these a small change of what trains is a small update
     TOTAL    the ranks of a layer's pairs together, as a multiple of the option `rank`, where that is not 1
     TALL     how many outputs a pair has for each of its layer's, where that is not 1

@@ -20,7 +20,6 @@ from .part import Structure
 from .peft import common, exactly
 from .site import Base, Site
 
-STARTS = ("normal", "zero")
 WORTH = 512  # entries of a dense matrix that cost what one gathered and scattered entry does, on a CPU
 
 
@@ -81,24 +80,28 @@ class Positions(Elastic):
 
 
 class SpectralDelta(Elastic, Delta):
-    """W = W0 + s T_out F T_in^T; F is zero but for c [n], trained, at the positions; T_out and T_in are fixed.
+    """W = W0 + s T_out F T_in^T; F is zero but for c [n], trained, at the positions; T_out and T_in are fixed. c has a name
+    of its own in each method: another must not load it.
 
     analyse(x) is T_in^T x, synthesise(z) is T_out z, transform(F) is T_out F T_in^T."""
 
+    own: ClassVar[str]
     positions: Positions
     scale: Tensor
 
-    def __init__(self, positions: Positions, site: Site, n: int, scale: float, std: float):
+    def __init__(self, positions: Positions, site: Site, n: int, scale: float):
         super().__init__()
         self.__dict__["positions"] = positions
         self.d_in, self.d_out = site.d_in, site.d_out
-        self.c = nn.Parameter(site.new(n))
+        self.register_parameter(self.own, nn.Parameter(site.new(n)))
         self.register_buffer("scale", site.new(fill=scale))
-        if std:
-            nn.init.normal_(self.c, std=std)
 
     def shapes(self) -> dict[str, tuple[int | str, ...]]:
-        return {"c": ("n",), "scale": ()}
+        return {self.own: ("n",), "scale": ()}
+
+    @property
+    def c(self) -> Tensor:
+        return getattr(self, self.own)
 
     def at(self) -> tuple[Tensor, Tensor]:
         """Row and column in F of each entry of c."""
@@ -165,9 +168,9 @@ class Spectral(Structure):
 
     def complaints(self, state: dict[str, Tensor]) -> list[str]:
         names = {m: n for n, m in self.adapter.named_modules()}
-        pairs = [(names[d], names[d.positions]) for d in names if isinstance(d, SpectralDelta)]
-        few = [(d, k) for d, k in pairs if len(state[f"{d}.c"]) > len(state[f"{k}.index"])]
-        return [f"{d}.c has more entries than {k}.index has positions" for d, k in few]
+        pairs = [(f"{names[d]}.{d.own}", names[d.positions]) for d in names if isinstance(d, SpectralDelta)]
+        few = [(d, k) for d, k in pairs if len(state[d]) > len(state[f"{k}.index"])]
+        return [f"{d} has more entries than {k}.index has positions" for d, k in few]
 
     def to_peft(self, out: Any) -> None:
         seed, deltas = self.config.position_seed, dict(self.found())

@@ -1,14 +1,19 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn as nn
 
-from ..adapter.spectral import STARTS, Spectral, SpectralConfig, SpectralDelta
+from ..adapter.spectral import Spectral, SpectralConfig, SpectralDelta
 from ..errors import UserError
 from ..registry import register
+
+STARTS = ("normal", "zero")
 
 
 class FourierFTDelta(SpectralDelta):
     """W_pq = W0_pq + s / (d_out d_in) sum_k c_k cos(2 pi (p j_k / d_out + q l_k / d_in)); c [n] trained, at (j_k, l_k)"""
+
+    own = "fourier"
 
     def analyse(self, x):
         return torch.fft.fft(x, norm="forward")
@@ -53,5 +58,7 @@ class FourierFT(Spectral):
                 raise UserError(f"start is {self.start!r}; it takes {', '.join(STARTS)}")
 
     def build(self, site, make):
-        std = 1.0 if self.config.start == "normal" else 0.0
-        return FourierFTDelta(self.positions[self.key(site)], site, self.n[site.name], self.config.scale, std)
+        delta = FourierFTDelta(self.positions[self.key(site)], site, self.n[site.name], self.config.scale)
+        if self.config.start == "normal":
+            nn.init.normal_(delta.c)
+        return delta

@@ -188,13 +188,19 @@ def delora(model: Any, c: Any, names: list[str], total: int) -> Side:
 
 
 def spectral(model: Any, make: Any, c: Any, names: list[str], **more: Any) -> Side:
-    options = {"n_frequency": c.n, "scaling": c.scale, "random_loc_seed": c.position_seed, "init_weights": c.start == "zero"}
+    options = {"n_frequency": c.n, "scaling": c.scale, "random_loc_seed": c.position_seed}
     return plain(peft.get_peft_model(model, make(**options, **common(model, names), **more)))
 
 
 @counterpart("PEFT FourierFT", "fourierft", "PEFT forms the update, ours only where n is large; PEFT draws positions a layer")
 def fourierft(model: Any, c: Any, names: list[str], total: int) -> Side:
-    return spectral(model, peft.FourierFTConfig, c, names)
+    return spectral(model, peft.FourierFTConfig, c, names, init_weights=c.start == "zero")
+
+
+@counterpart("PEFT WaveFT", "waveft", "PEFT forms the update, ours only where n is large; PEFT draws positions a layer")
+def waveft(model: Any, c: Any, names: list[str], total: int) -> Side:
+    more = {"use_idwt": c.wavelet is not None, "wavelet_family": c.wavelet or "db1"}
+    return spectral(model, peft.WaveFTConfig, c, names, **more)
 
 
 @counterpart("PEFT C3A", "c3a", "PEFT transforms as if x were complex, twice the work")

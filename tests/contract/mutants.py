@@ -170,6 +170,8 @@ MUTANTS = [  # file, what stands there, what stands there instead, where
      "transformers/queryable_lora"),
     ("variants/tied_lora.py", "b * self.v[:, None], self.pair.A", "b, self.pair.A", "@tied_lora"),
     ("variants/tied_lora.py", 'for name in ("B", "v", "u", "A")', 'for name in ("A", "B", "v", "u")', "@tied_lora"),
+    ("variants/waveft.py", "rows % a + a * right", "rows % a + a * lower", "@waveft"),
+    ("variants/waveft.py", "torch.where(z.abs() < 1, z, 1 / z)", "torch.where(z.abs() < 1, 1 / z, z)", "@waveft"),
     ("variants/vera.py", 'self.__dict__["bank"] = bank', "self.bank = bank", "vera vera+dora"),
     ("adapter/bank.py", 'if torch.equal(checksum(rank, a, b), saved["checksum"].cpu()):', "if True:", "@vera"),
     ("adapter/bank.py", "generator=generator", "generator=None", "@vera"),

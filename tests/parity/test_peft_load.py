@@ -43,6 +43,9 @@ CASES = {
     "shira": (peft.ShiraConfig, {"r": 3, "random_seed": 4}),
     "boft": (peft.BOFTConfig, {"boft_block_size": 4}),
     "c3a": (peft.C3AConfig, {"block_size": 4, "block_size_pattern": {"query": 8}, "init_weights": "gaussian"}),
+    "waveft": (peft.WaveFTConfig, {"n_frequency": 90, "n_frequency_pattern": {"query": 30}, "random_loc_seed": 3}),
+    "waveft, db2": (peft.WaveFTConfig, {"n_frequency": 9, "wavelet_family": "db2", "proportional_parameters": True}),
+    "waveft, sparse": (peft.WaveFTConfig, {"n_frequency": 90, "use_idwt": False, "scaling": 2.0, "init_weights": False}),
     "fourierft": (peft.FourierFTConfig, {"n_frequency": 90, "n_frequency_pattern": {"query": 30}, "random_loc_seed": 3}),
     "adalora": (peft.AdaLoraConfig, {"init_r": 5, "target_r": 2, "lora_alpha": 9, "total_step": 10}),
     "hira": (peft.HiraConfig, {"r": 4, "hira_dropout": 0.25, "init_weights": "gaussian"}),
@@ -54,7 +57,7 @@ CASES = {
 ONLY_LINEAR = ("oft", "hra", "miss", "delora", "boft", "loha", "lokr", "shira", "c3a")
 PAIRS = [(c, k) for c in CASES for k in MODELS if k == "bert" or c.partition(",")[0] not in ONLY_LINEAR]
 ALIKE = ("lora", "rslora", "dora", "dora+rslora", "vera", "ia3", "adalora", "oft", "hra", "miss", "ln_tuning", "delora",
-         "loha", "lokr", "hira", "shira", "fourierft", "c3a")  # fmt: skip
+         "loha", "lokr", "hira", "shira", "fourierft", "waveft", "c3a")  # fmt: skip
 
 
 def from_peft(tmp_path, kind, make, **options):
@@ -162,6 +165,7 @@ def test_what_was_read_trains_on_B31(case, tmp_path):
 
 REFUSALS = {
     "drawn": (peft.RandLoraConfig, {"r": 4, "save_projection": False}, "save it with save_projection=True"),
+    "waveft": (peft.WaveFTConfig, {"n_frequency": 9, "wavelet_family": "sym4"}, "wavelet is 'sym4'; it takes db1"),
     "poly": (peft.PolyConfig, {}, "adapter of type POLY; what is read: .*ia3"),
     "biases": (peft.LoraConfig, {"bias": "all"}, "bias=all has no counterpart in lora"),
     "lora_bias": (peft.LoraConfig, {"lora_bias": True}, "lora_bias=True has no counterpart"),

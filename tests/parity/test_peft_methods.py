@@ -91,6 +91,16 @@ def c3a(d, layer):
     return [(d.w, layer.c3a_kernel["default"], same, same)]
 
 
+def waveft(d, layer):
+    return [(d.c, layer.waveft_spectrum["default"], same, same)]
+
+
+def wavelets(n, family):
+    theirs = {"wavelet_family": family} if family else {"use_idwt": False}
+    own = {"n": n, "scale": 3.0, "wavelet": family}
+    return Case("waveft", "WaveFTConfig", waveft, own, {"n_frequency": n, "scaling": 3.0, **theirs})
+
+
 CASES = {
     "randlora": Case("randlora", "RandLoraConfig", randlora, {"rank": 5, "scale": 4.0, "by_terms": False},
                      {"r": 5, "randlora_alpha": 20}),
@@ -98,6 +108,8 @@ CASES = {
                              {"r": 5, "randlora_alpha": 40, "sparse": True}),
     "vb_lora": Case("vb_lora", "VBLoRAConfig", vb_lora, {"rank": 3, "num_vectors": 20, "vector_length": 8, "bound": 0.5},
                     {"r": 3, "num_vectors": 20, "vector_length": 8}),
+    **{f"waveft, {n} of {family}": wavelets(n, family) for n, family in ((300, "db1"), (1, "db1"), (200, "db3"), (1, "db2"))},
+    "waveft, the weights themselves": wavelets(200, None),
     "c3a": Case("c3a", "C3AConfig", c3a, {"block_size": 16}, {"block_size": 16}),
     "c3a, small blocks": Case("c3a", "C3AConfig", c3a, {"block_size": 2}, {"block_size": 2}),
     "fourierft": Case("fourierft", "FourierFTConfig", fourierft, {"n": 300, "scale": 20.0},

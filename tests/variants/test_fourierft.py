@@ -131,7 +131,7 @@ def test_another_draw_or_a_damaged_file_changes_no_function(monkeypatch):
         with pytest.raises(UserError, match="40x24.index is not of different entries, of 960: the file is damaged"):
             other.adapter.load({**state, name: broken})
     with pytest.raises(
-        UserError, match="deltas.fc1.c has more entries than structure.positions.40x24.index has positions"
+        UserError, match="deltas.fc1.fourier has more entries than structure.positions.40x24.index has positions"
     ):
         other.adapter.load({**state, name: state[name][:9]})
 
