@@ -14,21 +14,28 @@ from ..registry import StructureConfig, register
 ABSENT, SPLITS = ("learned", "base"), ("input", "rank")
 
 
-class Codes(nn.Module):
+class Codes(Elastic):
     """What the examples of this batch are conditioned on: codes [batch, m, code_dim], or [1, m, code_dim] for all of them.
 
-    learned [m, code_dim]: stands in where a batch brings none; None: such a batch sees the base."""
+    learned [m, code_dim]: stands in where a batch brings none; None: such a batch sees the base. fixed [m, code_dim]: what
+    counts whatever a batch brings, and is saved."""
 
-    def __init__(self, names, dim: int, learned: torch.Tensor | None):
+    learned: nn.Parameter | None
+    fixed: torch.Tensor | None
+
+    def __init__(self, names, like: torch.Tensor, learned: torch.Tensor | None):
         super().__init__()
-        self.names, self.dim, self.fixed = names, dim, False
-        self.learned = None if learned is None else nn.Parameter(learned)
+        self.names, self.dim = names, like.shape[-1]
+        self.register_buffer("like", like, persistent=False)  # its length, dtype and device
+        self.register_parameter("learned", None if learned is None else nn.Parameter(learned))
+        self.register_buffer("fixed", None)
         self.given: torch.Tensor | None = None
+
+    def shapes(self):
+        return {"learned": (len(self.names), self.dim), "fixed": (len(self.names), self.dim)}
 
     def read(self, batch) -> None:
         found = [n for n in self.names if hasattr(batch, "get") and batch.get(n) is not None]
-        if self.fixed:
-            return
         if found and len(found) < len(self.names):
             raise UserError(f"the batch has {', '.join(found)} but not all of {', '.join(self.names)}")
         self.give(*(batch[n] for n in self.names)) if found else self.give()
@@ -44,6 +51,8 @@ class Codes(nn.Module):
         self.given = torch.stack(torch.broadcast_tensors(*(c if c.dim() == 2 else c[None] for c in codes)), 1)
 
     def now(self) -> torch.Tensor | None:
+        if self.fixed is not None:
+            return self.fixed[None]
         return self.given if self.given is not None or self.learned is None else self.learned[None]
 
 
@@ -67,7 +76,7 @@ class CGDelta(Elastic, Delta):
 
     @property
     def mergeable(self):
-        return self.codes.fixed
+        return self.codes.fixed is not None
 
     def generated(self, codes):
         """A(c)^T [batch, d_in, rank]."""
@@ -145,8 +154,9 @@ class CGLoRA(Structure):
 
     def __init__(self, config, adapter):
         super().__init__(config, adapter)
-        start = adapter.sites[0].new(len(config.codes), config.code_dim).normal_() if config.absent == "learned" else None
-        self.codes = Codes(list(config.codes), config.code_dim, start)
+        like = adapter.sites[0].new(len(config.codes), config.code_dim)
+        learned = torch.randn_like(like) if config.absent == "learned" else None
+        self.codes = Codes(list(config.codes), like, learned)
 
     def build(self, site, make):
         rank, m, split = fitting(self.config.rank, min(site.d_in, site.d_out), site), len(self.config.codes), self.config.split
@@ -159,6 +169,6 @@ class CGLoRA(Structure):
         self.codes.read(batch)
 
     def fix(self, *codes) -> None:
-        """From now on every input has these codes, one a name, whatever its batch says: then it can be merged."""
-        self.codes.give(*(c if c.dim() == 2 else c[None] for c in codes))
-        self.codes.fixed = True
+        """From now on every input has these codes [code_dim], one a name, whatever its batch says: it can be merged."""
+        self.codes.give(*codes)
+        self.codes.fixed, self.codes.given = self.codes.given[0].to(self.codes.like), None

@@ -110,15 +110,18 @@ def test_codes_that_are_absent():
     assert stand_in.grad.any()
 
 
-def test_fixed_codes_merge():
+@pytest.mark.parametrize("absent", ["learned", "base"])
+def test_fixed_codes_merge_and_are_saved(absent, tmp_path):
     base, b = Net().double(), batch()
-    adapted = conditioned(copy.deepcopy(base))
+    adapted = conditioned(copy.deepcopy(base), absent=absent)
     with pytest.raises(UserError, match="depends on its input"):
         adapted.merge()
     adapted.adapter.structure.fix(b["text"][0], b["camera"][0])
     y = adapted(b["x"]).detach()
     adapted.adapter.before_forward(b)
     assert torch.equal(adapted(b["x"]), y), "the batch's own count no longer"
+    adapted.save(tmp_path / "a")
+    assert torch.equal(load(copy.deepcopy(base), tmp_path / "a")(b["x"]), y)
     adapted.merge()
     assert close(adapted(b["x"]), y, 5) and not close(y, base(b["x"]))
     adapted.unmerge()
