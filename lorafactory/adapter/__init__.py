@@ -8,6 +8,7 @@ from .part import Decomposition, Init, Part, Stage, Step, Structure
 from .peft import Peft
 from .site import Base, Site
 from .sparse import Sparse
+from .singular import Singular
 from .turned import Turned
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Peft",
     "Site",
     "Sparse",
+    "Singular",
     "Stage",
     "Step",
     "Structure",

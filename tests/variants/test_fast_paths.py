@@ -50,6 +50,7 @@ FAST = {
     "cg_lora": {},
     "queryable_lora": {"rank": 4},
     "tied_lora": {"rank": 4},
+    "svf": {},
     "krona": {},  # [1, 31] kron [29, 1]
     "fourierft": {"n": 1},
     "waveft": {"n": 1, "wavelet": "db2"},
@@ -59,9 +60,10 @@ FAST = {
 class Shapes(TorchDispatchMode):
     """Operations that fill new memory of the shape of W or of its transpose."""
 
-    def __init__(self, weight):
+    def __init__(self, adapted):
         super().__init__()
-        self.weight, self.seen = weight, []
+        frozen = [adapted.model[0].weight, *adapted.buffers()]
+        self.frozen, self.seen = {t.untyped_storage().data_ptr() for t in frozen}, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -71,14 +73,14 @@ class Shapes(TorchDispatchMode):
         return out
 
     def is_view(self, t):
-        return t.untyped_storage().data_ptr() == self.weight.untyped_storage().data_ptr()
+        return t.untyped_storage().data_ptr() in self.frozen
 
 
 def formed(spelling, options):
     torch.manual_seed(0)
     adapted = attach(nn.Sequential(nn.Linear(D_IN, D_OUT)), spelling, **options).train()
     x = torch.randn(7, D_IN, requires_grad=True)
-    with Shapes(adapted.model[0].weight) as shapes:
+    with Shapes(adapted) as shapes:
         adapted(x).square().sum().backward()
     return shapes.seen
 
