@@ -175,6 +175,8 @@ MUTANTS = [  # file, what stands there, what stands there instead, where
     ("variants/waveft.py", "rows % a + a * right", "rows % a + a * lower", "@waveft"),
     ("variants/waveft.py", "torch.where(z.abs() < 1, z, 1 / z)", "torch.where(z.abs() < 1, 1 / z, z)", "@waveft"),
     ("variants/svf.py", "self.S.sum() / new.sum()", "1.0", "@svf"),
+    ("variants/svft.py", "self.U.T @ self.Vt.T", "self.U @ self.Vt", "@svft"),
+    ("variants/svft.py", "(self.index[0], self.index[1]), self", "(self.index[1], self.index[0]), self", "@svft"),
     ("variants/vera.py", 'self.__dict__["bank"] = bank', "self.bank = bank", "vera vera+dora"),
     ("adapter/bank.py", 'if torch.equal(checksum(rank, a, b), saved["checksum"].cpu()):', "if True:", "@vera"),
     ("adapter/bank.py", "generator=generator", "generator=None", "@vera"),

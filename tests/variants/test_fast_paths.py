@@ -51,6 +51,7 @@ FAST = {
     "queryable_lora": {"rank": 4},
     "tied_lora": {"rank": 4},
     "svf": {},
+    "svft": {"pattern": "banded"},
     "krona": {},  # [1, 31] kron [29, 1]
     "fourierft": {"n": 1},
     "waveft": {"n": 1, "wavelet": "db2"},
