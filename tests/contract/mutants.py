@@ -117,6 +117,8 @@ MUTANTS = [  # file, what stands there, what stands there instead, where
     ("variants/boft.py", "b - self.s * b", "0 * b", "@boft"),
     ("variants/c3a.py", "(k - k[:, None])", "(k[:, None] - k)", "@c3a"),
     ("variants/c3a.py", ".conj()", "", "@c3a"),
+    ("variants/bora.py", "(self.rows / rho)[:, None] * v", "v", "@bora"),
+    ("variants/bora.py", "r * (more + update)", "r * update", "@bora"),
     ("variants/delora.py", "[b, -self.B0]", "[b, self.B0]", "@delora"),
     ("variants/delora.py", "b, a * self.w", "b, a", "@delora"),
     ("variants/dora.py", "+ g * update", "+ update", "dora"),
