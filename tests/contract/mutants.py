@@ -156,6 +156,8 @@ MUTANTS = [  # file, what stands there, what stands there instead, where
     ("variants/randlora.py", "if self.tall else (a.T, b.T)", "if True else (a.T, b.T)", "randlora"),
     ("variants/randlora.py", "a.unflatten(0, (r, -1))", "a.unflatten(0, (-1, r)).transpose(0, 1)", "@randlora"),
     ("variants/randlora.py", "-(-self.small // rank) * rank", "self.small", "@randlora"),
+    ("variants/salt.py", "torch.relu(s + self.X @ self.Y) - s", "self.X @ self.Y", "@salt"),
+    ("variants/salt.py", "+ self.clipped() * z2", "", "@salt"),
     ("variants/shira.py", "scores * site.base.weight.abs()", "scores", "@shira"),
     ("variants/shira.py", "[n * offset :]", "[:n]", "@shira"),
     ("variants/vb_lora.py", "logits.topk(self.k, dim=-1)", "logits.topk(self.k, dim=-1, largest=False)", "@vb_lora"),

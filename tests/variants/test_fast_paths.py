@@ -52,6 +52,7 @@ FAST = {
     "tied_lora": {"rank": 4},
     "svf": {},
     "svft": {"pattern": "banded"},
+    "salt": {"rank": 4},
     "krona": {},  # [1, 31] kron [29, 1]
     "fourierft": {"n": 1},
     "waveft": {"n": 1, "wavelet": "db2"},
