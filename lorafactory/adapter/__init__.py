@@ -6,9 +6,9 @@ from .elastic import Elastic
 from .low_rank import LowRank
 from .part import Decomposition, Init, Part, Stage, Step, Structure
 from .peft import Peft
+from .singular import Singular
 from .site import Base, Site
 from .sparse import Sparse
-from .singular import Singular
 from .turned import Turned
 
 __all__ = [

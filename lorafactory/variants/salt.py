@@ -3,7 +3,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-from ..adapter import Spectral, Structure, linear
+from ..adapter import Singular, Structure, linear
 from ..adapter.ranked import fitting
 from ..errors import UserError
 from ..registry import StructureConfig, register
@@ -11,7 +11,7 @@ from ..registry import StructureConfig, register
 RELUS = ("all", "diagonal")
 
 
-class SALTDelta(Spectral):
+class SALTDelta(Singular):
     """W = U relu(Z) V^T; Z = diag(gain * S1 + offset) on the k1 largest singular values, diag(S2) + X Y on the k2 others;
     gain, offset [k1], X [k2, rank], Y [rank, k2] trained"""
 

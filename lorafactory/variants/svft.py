@@ -5,7 +5,7 @@ from typing import Optional
 import torch
 import torch.nn as nn
 
-from ..adapter import Spectral, Structure, linear
+from ..adapter import Singular, Structure, linear
 from ..errors import UserError
 from ..registry import StructureConfig, register
 
@@ -20,7 +20,7 @@ def count(k: int, band: int) -> int:
     return k * (2 * band + 1) - band * (band + 1)
 
 
-class SVFTDelta(Spectral):
+class SVFTDelta(Singular):
     """W = W0 + U M V^T; values [n] trained: M's diagonal, or its entries at index [2, n]; gate [1], optional, trained: M is
     sigmoid(gate) times that"""
 

@@ -120,7 +120,7 @@ def test_penalty_by_hand():
     assert built().penalty() == 0 and not built().adapter.has_penalty
 
 
-# the basis: every Spectral structure has it
+# the basis: every Singular structure has it
 
 
 def test_vectors_are_computed_again_to_the_same_bits(tmp_path):
