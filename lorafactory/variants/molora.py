@@ -57,6 +57,7 @@ class MoLoRA(Part):
     paper = "MoLoRA, arXiv 2309.05444"
     axis = "routing"
     needs = frozenset({"weight"})
+    minds = frozenset({"shares every number"})  # its experts would be one
 
     @dataclass
     class Config(RoutingConfig):

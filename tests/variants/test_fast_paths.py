@@ -55,6 +55,8 @@ FAST = {
     "salt": {"rank": 4},
     "krona": {},  # [1, 31] kron [29, 1]
     "fourierft": {"n": 1},
+    "tenslora": {"rank": 4, "mode": "att_qkv_depth", "heads": 31},
+    "tenslora+dora": {"rank": 4},
     "waveft": {"n": 1, "wavelet": "db2"},
 }
 
