@@ -136,6 +136,7 @@ MUTANTS = [  # file, what stands there, what stands there instead, where
      ".flatten(0, 1).view(-1, self.experts * z.shape[-1])", "@hydra_lora"),
     ("variants/ia3.py", "(self.l - 1) * base.bias", "0 * base.bias", "@ia3"),
     ("variants/ia3.py", "(?<!attention\\.)", "", "@ia3"),
+    ("variants/lola.py", "new / float(self.strength)", "new", "@lola"),
     ("variants/lora.py", "self.low_rank.randomize()", "pass", "words"),
     ("variants/lora.py", '"input", ', "", "words"),
     ("variants/lora_plus.py", "self.config.ratio", "1.0", "options/lora_plus"),
