@@ -103,7 +103,7 @@ class StructureConfig(Named):
             check(self)
 
     def gives(self) -> frozenset[str]:
-        """The capability words under these options: the structure's, less what an option takes away."""
+        """The capability words under these options: the structure's, less what an option takes away, and what it adds."""
         return self.owner.gives  # type: ignore[attr-defined]
 
 
