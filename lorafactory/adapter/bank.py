@@ -15,14 +15,14 @@ def uniform(generator: torch.Generator, *shape: int, bound: float) -> Tensor:
 
 def checksum(rank: int, a: Tensor, b: Tensor) -> Tensor:
     """[rank] integers that tell every bit and its place."""
-    rows = torch.cat([t.cpu().reshape(rank, -1) for t in (a, b.T)], 1)
+    rows = torch.cat([t.cpu().reshape(rank, -1) for t in (a, b.mT)], 1)
     bits = rows.float().contiguous().view(torch.int32).long()
     return (bits * torch.arange(1, bits.shape[1] + 1)).sum(1)
 
 
 class Bank(Elastic):
-    """A and B, frozen, as large as the largest layer needs: others take a slice. draw() makes them; the rows of A and the
-    columns of B are as many as the rank, or a multiple of it.
+    """A and B, frozen, as large as the largest layer needs: others take a slice. draw() makes them; each holds a multiple of
+    `rank` numbers.
 
     Drawn from `seed` in float32 on the CPU, whatever the device and dtype of the base. Unless `kept`, a checkpoint
     holds only their checksum, whose length is the rank: loading draws them again and compares."""
@@ -55,7 +55,8 @@ class Bank(Elastic):
         self.checksum = checksum(rank, a, b).to(self.A.device)
 
     def shapes(self) -> dict[str, tuple[int | str, ...]]:
-        return {"checksum": ("r",), **({"A": ("p", "q"), "B": ("s", "t")} if self.kept else {})}
+        free = {name: tuple(f"{name}{i}" for i in range(getattr(self, name).dim())) for name in ("A", "B")}
+        return {"checksum": ("r",), **(free if self.kept else {})}
 
     def complaints(self, saved: dict[str, Tensor]) -> list[str]:
         if bad := super().complaints(saved):

@@ -11,7 +11,7 @@ from lorafactory import UserError, export_lora, registry
 
 peft = pytest.importorskip("peft")
 EXACT = ("loha", "lora", "rslora", "lora_plus", "pissa", "adalora", "vera", "lotr", "miss", "delora", "adalora+pissa", "relora")
-EXACT += ("randlora", "vb_lora", "lora_xs", "mos", "tied_lora")
+EXACT += ("randlora", "vb_lora", "lora_xs", "mos", "tied_lora", "nola")
 DENSE = ("dora", "dora+pissa", "adalora+dora")
 REFUSED = {"molora": "depends on its input", "hydra_lora": "depends on its input"}
 

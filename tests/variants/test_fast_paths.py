@@ -53,6 +53,7 @@ FAST = {
     "svf": {},
     "svft": {"pattern": "banded"},
     "salt": {"rank": 4},
+    "nola": {"rank": 4, "num_bases": 8},
     "krona": {},  # [1, 31] kron [29, 1]
     "fourierft": {"n": 1},
     "tenslora": {"rank": 4, "mode": "att_qkv_depth", "heads": 31},
