@@ -111,9 +111,9 @@ class VBLoRA(Structure):
 
     @dataclass
     class Config(StructureConfig):
-        """num_vectors: h; vector_length: b, null: the largest that divides all layers, up to 256; top_k: k; logits_lr:
-        multiplies the rate of the logits (in the authors' scripts ten times the bank's); compact: keep at the end the top
-        k alone; dropout: of what A reads."""
+        """num_vectors: h; vector_length: b, null: the largest that divides all layers, up to 256; top_k: k (at 1
+        the logits stay as drawn: one weight is 1 whatever its logit); logits_lr: multiplies the rate of the logits (in the
+        authors' scripts ten times the bank's); compact: keep at the end the top k alone; dropout: of what A reads."""
 
         rank: int = 4
         num_vectors: int = 256

@@ -118,7 +118,7 @@ def test_dora_on_rows_of_zeros(tmp_path):
     assert far(logits(load(bare(adapted), tmp_path / "a").eval()), logits(adapted)) < 1e-5
 
 
-@pytest.mark.parametrize("spelling", ("lora", "dora", "vera", "ia3", "adalora", "hira"))
+@pytest.mark.parametrize("spelling", ("lora", "dora", "vera", "ia3", "adalora", "hira", "randlora", "vb_lora"))
 def test_linear_and_conv1d_in_one_model(spelling, tmp_path):
     base = bert()
     dense = base.bert.encoder.layer[0].intermediate.dense
@@ -147,7 +147,7 @@ class Names(nn.Module):
         return self.head(torch.tanh(self.fc(x)))
 
 
-@pytest.mark.parametrize("spelling", ("lora", "vera", "ia3", "adalora", "loha", "lokr", "hira"))
+@pytest.mark.parametrize("spelling", ("lora", "vera", "ia3", "adalora", "loha", "lokr", "hira", "randlora", "vb_lora"))
 def test_names_that_end_alike(spelling, tmp_path):
     x = torch.randn(3, 6)
     # IA3: both are targets, and PEFT's list of names to scale at the input would take both

@@ -57,7 +57,7 @@ CASES = {
 ONLY_LINEAR = ("oft", "hra", "miss", "delora", "boft", "loha", "lokr", "shira", "c3a")
 PAIRS = [(c, k) for c in CASES for k in MODELS if k == "bert" or c.partition(",")[0] not in ONLY_LINEAR]
 ALIKE = ("lora", "rslora", "dora", "dora+rslora", "vera", "ia3", "adalora", "oft", "hra", "miss", "ln_tuning", "delora",
-         "loha", "lokr", "hira", "shira", "fourierft", "waveft", "c3a")  # fmt: skip
+         "loha", "lokr", "hira", "shira", "fourierft", "waveft", "c3a", "randlora", "vb_lora")  # fmt: skip
 
 
 def from_peft(tmp_path, kind, make, **options):
