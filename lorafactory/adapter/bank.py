@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from ..errors import UserError
+from ..registry import StructureConfig
 from .elastic import Elastic
+
+
+@dataclass
+class BankConfig(StructureConfig):
+    """bank_seed: draws the bank, whatever the run's seed; save_bank: keep the bank in the checkpoint, else its checksum."""
+
+    bank_seed: int = 0
+    save_bank: bool = False
+
+    def check(self) -> None:
+        if not 0 <= self.bank_seed < 2**63:
+            raise UserError(f"bank_seed is {self.bank_seed}; it must lie in [0, 2^63)")
 
 
 def uniform(generator: torch.Generator, *shape: int, bound: float) -> Tensor:

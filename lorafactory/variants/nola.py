@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..adapter import Delta, Elastic, Structure, linear
-from ..adapter.bank import Bank, uniform
+from ..adapter.bank import Bank, BankConfig, uniform
 from ..errors import UserError
-from ..registry import StructureConfig, register
+from ..registry import register
 
 BASES = ("drawn", "held", "shared")
 
@@ -98,11 +98,10 @@ class NOLA(Structure):
     """NOLA: W = W0 + (alpha / rank) B A, A = A_0 + sum_i a_i A_i, B = sum_i c_i B_i over k frozen random bases each.
 
     Koohpayegani et al. 2023. Only the coefficients a and c [k] train, 2 k a layer, whatever its size and rank. The bases are
-    uniform in +-1/sqrt(k), as in the authors' code for language models (its README leaves the factor out), and come from a
-    seed: nothing of them is saved but a checksum. A_0, frozen, is that code's start of A, and a and c start at zero; the
-    paper's equation and the code for images have no A_0 (offset=false: a starts at 1/k as there; c at zero here, too, where
-    there it is 1/k and moves the function). Each layer has bases of its own; with bases=shared one set, as large as the
-    largest layer needs, serves all.
+    uniform in +-1/sqrt(k), as in the authors' code for language models, and come from a seed: nothing of them is saved but
+    a checksum. A_0, frozen, is that code's start of A, and a and c start at zero; their code for images has no A_0
+    (offset=false: a starts at 1/k as there; c at zero here, too, where there it is 1/k and moves the function). Each layer has
+    bases of its own; with bases=shared one set, as large as the largest layer needs, serves all.
 
     Cost: LoRA's rank (d_in + d_out) products a position, and k times as many a step to combine the bases. bases=drawn keeps
     none of them in memory: k rank (d_in + d_out) numbers are drawn on the CPU in each pass, backward again, one layer at a
@@ -112,21 +111,19 @@ class NOLA(Structure):
     gives = frozenset({"additive", "weight"})
 
     @dataclass
-    class Config(StructureConfig):
+    class Config(BankConfig):
         """num_bases: k; bases: drawn in every pass, held in memory, or shared by all layers and held; offset: A_0 in A;
-        bank_seed: draws the bases, whatever the run's seed; save_bank: of held or shared bases keep themselves in the
-        checkpoint, else their checksum; dropout: of what A reads."""
+        dropout: of what A reads."""
 
         rank: int = 8
         alpha: float = 16.0
         num_bases: int = 1024
         bases: str = "drawn"
         offset: bool = True
-        bank_seed: int = 0
-        save_bank: bool = False
         dropout: float = 0.0
 
         def check(self):
+            super().check()
             self.check_least(1, "rank", "num_bases")
             self.check_shares("dropout")
             if self.alpha == 0:
@@ -135,8 +132,6 @@ class NOLA(Structure):
                 raise UserError(f"bases is {self.bases!r}; it takes {', '.join(BASES)}")
             if self.save_bank and self.bases == "drawn":
                 raise UserError("save_bank is true beside bases=drawn, which keeps none: bases=held or shared do")
-            if not 0 <= self.bank_seed < 2**32:
-                raise UserError(f"bank_seed is {self.bank_seed}; it must lie in [0, 2^32)")
 
     def __init__(self, config, adapter):
         super().__init__(config, adapter)
@@ -151,5 +146,5 @@ class NOLA(Structure):
     def build(self, site, make):
         if self.config.bases == "shared":
             return NOLADelta(site, self.bank, self.config)
-        seed = (self.config.bank_seed << 20) + 1 + site.index  # a stream of its own a layer
+        seed = ((self.config.bank_seed << 20) + 1 + site.index) % 2**63  # a stream of its own a layer
         return NOLADelta(site, self.made(site.d_in, site.d_out, seed, site), self.config)

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..adapter import Delta, Elastic, Structure, linear
-from ..adapter.bank import Bank, uniform
+from ..adapter.bank import Bank, BankConfig, uniform
 from ..adapter.peft import common, fit
 from ..errors import UserError
-from ..registry import StructureConfig, register
+from ..registry import register
 
 BASES, FORMS = ("uniform", "normal", "sparse"), ("sum", "product")
 SHARED = ("randlora_A", "randlora_B")  # PEFT's names of the bank
@@ -115,10 +115,10 @@ class RandLoRA(Structure):
     gives = frozenset({"additive", "weight"})
 
     @dataclass
-    class Config(StructureConfig):
+    class Config(BankConfig):
         """rank: of one term; coverage: n rank covers this share of a layer's full rank; basis: uniform, normal or sparse
         (-1, 0 and 1, each sign one in `sparsity`; 6 by default, sqrt(d) and more in the paper, 2: no zeros); share_a: one
-        A for all terms; bank_seed, save_bank: as in VeRA; dropout: of what the update reads."""
+        A for all terms; dropout: of what the update reads."""
 
         rank: int = 32
         scale: float = 2.0
@@ -129,10 +129,9 @@ class RandLoRA(Structure):
         sparsity: Optional[float] = None  # noqa: UP045
         share_a: bool = True
         dropout: float = 0.0
-        bank_seed: int = 0
-        save_bank: bool = False
 
         def check(self):
+            super().check()
             self.check_least(1, "rank")
             self.check_shares("dropout")
             if self.scale == 0:
@@ -146,8 +145,6 @@ class RandLoRA(Structure):
                 raise UserError(f"sparsity is {self.sparsity}, of no effect on basis={self.basis}: leave it out")
             if self.sparsity is not None and self.sparsity < 2:
                 raise UserError(f"sparsity is {self.sparsity}; it must be at least 2, where no entry is zero")
-            if not 0 <= self.bank_seed < 2**63:
-                raise UserError(f"bank_seed is {self.bank_seed}; it must lie in [0, 2^63)")
 
     def __init__(self, config, adapter):
         super().__init__(config, adapter)

@@ -76,9 +76,10 @@ class TiedLoRADelta(Elastic, Delta):
 class TiedLoRA(Structure):
     """Tied-LoRA: W = W0 + (alpha / rank) diag(v) B diag(u) A; A and B tied over all layers of one kind, u and v each layer's.
 
-    Renduchintala et al. 2023. `trained` says which of the four train: the paper's configurations are such choices, all four
-    the one that it recommends; A and B alone is LoRA with tied weights, u and v alone VeRA over one kind of layer. (Of its
-    table of configurations we have no copy, so their numbers are not used here.) What is frozen stays where it starts: u and
+    Renduchintala et al. 2023. `trained` says which of the four train: the paper's configurations are such choices, and all
+    four, we take it, the one that it recommends; A and B alone is LoRA with tied weights, u and v alone VeRA over one kind
+    of layer. (Neither the paper's table of configurations nor any code of the authors was at hand: no numbers of theirs are
+    used here.) What is frozen stays where it starts: u and
     v at one, A and B uniform in +-1/sqrt(d_in), saved like what trains. The update starts at zero by the first of B, v, u
     and A that trains; that this is v where B is frozen is inferred from VeRA. A kind is the same module of every block, of
     one shape; the paper ties a fused query, key and value matrix.

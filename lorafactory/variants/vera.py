@@ -5,10 +5,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ..adapter import Delta, Elastic, Structure, linear
-from ..adapter.bank import Bank, uniform
+from ..adapter.bank import Bank, BankConfig, uniform
 from ..adapter.peft import fit
 from ..errors import UserError
-from ..registry import StructureConfig, register
+from ..registry import register
 
 SHARED = ("base_model.vera_A", "base_model.vera_B")  # PEFT's names of the bank
 
@@ -72,23 +72,19 @@ class VeRA(Structure):
     gives = frozenset({"additive", "weight"})
 
     @dataclass
-    class Config(StructureConfig):
-        """rank: may exceed a layer's; d_initial: every entry of d at first; bank_seed: draws the bank, whatever the
-        run's seed; save_bank: keep the bank in the checkpoint, else its checksum; dropout: of what A reads."""
+    class Config(BankConfig):
+        """rank: may exceed a layer's; d_initial: every entry of d at first; dropout: of what A reads."""
 
         rank: int = 256
         d_initial: float = 0.1
         dropout: float = 0.0
-        bank_seed: int = 0
-        save_bank: bool = False
 
         def check(self):
+            super().check()
             self.check_least(1, "rank")
             if self.d_initial == 0:
                 raise UserError("d_initial is 0, as b is: nothing would ever train")
             self.check_shares("dropout")
-            if not 0 <= self.bank_seed < 2**63:
-                raise UserError(f"bank_seed is {self.bank_seed}; it must lie in [0, 2^63)")
 
     def __init__(self, config, adapter):
         super().__init__(config, adapter)
