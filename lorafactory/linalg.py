@@ -66,6 +66,15 @@ def divisors(n: int) -> list[int]:
     return [k for k in range(1, n + 1) if n % k == 0]
 
 
+def split(n: int, parts: int) -> list[int]:
+    """n as a product of about equal factors: each the largest divisor of what is left that is not above its root."""
+    factors = []
+    for left in range(parts, 1, -1):
+        factors.append(next(k for k in range(round(n ** (1 / left)) + 1, 0, -1) if n % k == 0 and k**left <= n))
+        n //= factors[-1]
+    return [*factors, n]
+
+
 def skew(upper: Tensor, size: int) -> Tensor:
     """[..., size (size - 1) / 2], the entries above the diagonal row by row -> S [..., size, size] with S^T = -S."""
     rows, columns = torch.triu_indices(size, size, 1, device=upper.device)

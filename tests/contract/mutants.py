@@ -143,6 +143,8 @@ MUTANTS = [  # file, what stands there, what stands there instead, where
     ("variants/lora.py", "self.low_rank.randomize()", "pass", "words"),
     ("variants/lora.py", '"input", ', "", "words"),
     ("variants/lora_plus.py", "self.config.ratio", "1.0", "options/lora_plus"),
+    ("variants/loretta.py", "[*others, first]", "[first, *others]", "@loretta"),
+    ("variants/loretta.py", "a * self.d_out != b * self.d_in", "False", "@loretta"),
     ("variants/lotr.py", 'if not silenced and "zero"', 'if False and "zero"', "@lotr"),
     ("variants/lotr.py", "left.T @ w @ right.T", "right @ w.T @ left", "@lotr"),
     ("variants/map.py", "inner.randomize()", "pass", "map"),

@@ -1,0 +1,116 @@
+import math
+from dataclasses import dataclass
+
+import torch.nn as nn
+import torch.nn.functional as F
+
+from .. import linalg
+from ..adapter import Delta, Elastic, linear
+from ..adapter.ranked import Ranked, RankedConfig
+from ..errors import UserError
+from ..registry import register
+
+STARTS = ("normal", "zero")
+
+
+class LoRETTADelta(Elastic, Delta):
+    """W = W0 + s B A; A [rank, d_in] and B [d_out, rank] are tensor trains: cores [rho, k_i, rho], trained, of which the
+    first and the last have a rho of one, contract to the rank d_in entries of A^T, row by row; so do others to B^T."""
+
+    def __init__(self, site, rank: int, scale: float, c):
+        super().__init__()
+        self.d_in, self.d_out, self.order, self.dropout = site.d_in, site.d_out, c.order, c.dropout
+        for name, size in (("A", site.d_in), ("B", site.d_out)):
+            first, *others = linalg.split(size * rank, c.order)
+            ranks = [1, *[c.tt_rank] * (c.order - 1), 1]
+            for i, k in enumerate([*others, first]):
+                self.register_parameter(f"{name}{i}", nn.Parameter(site.new(ranks[i], k, ranks[i + 1])))
+            self.draw(name, 1 / math.sqrt(size + rank))
+        self.register_buffer("scale", site.new(fill=scale))
+        if c.start == "zero":
+            nn.init.zeros_(self.cores("B")[-1])
+
+    def cores(self, name):
+        return [getattr(self, f"{name}{i}") for i in range(self.order)]
+
+    def draw(self, name, std):
+        """So that the entries of the whole train have this deviation."""
+        for core in self.cores(name):
+            nn.init.normal_(core, std=std ** (1 / self.order) / math.sqrt(core.shape[2]))
+
+    def shapes(self):
+        found = {"scale": ()}
+        for name in "AB":
+            ranks = [1, *[f"{name}-{i}" for i in range(1, self.order)], 1]
+            found |= {f"{name}{i}": (ranks[i], f"{name}{i}", ranks[i + 1]) for i in range(self.order)}
+        return found
+
+    def complaints(self, saved):
+        bad = super().complaints(saved)
+        if not bad:
+            a, b = (math.prod(saved[f"{name}{i}"].shape[1] for i in range(self.order)) for name in "AB")
+            if a % self.d_in or a * self.d_out != b * self.d_in:
+                bad = [
+                    f"A0 and B0 with their trains have {a} and {b} entries, of no rank in [{self.d_out}, {self.d_in}]"
+                ]
+        return bad
+
+    @property
+    def rank(self):
+        return math.prod(core.shape[1] for core in self.cores("A")) // self.d_in
+
+    def whole(self, name):
+        """A^T [d_in, rank] or B^T [rank, d_out]."""
+        first, *others = self.cores(name)
+        entries = first[0]
+        for core in others:
+            entries = (entries @ core.flatten(1)).view(-1, core.shape[2])
+        return entries.view(self.d_in, -1) if name == "A" else entries.view(-1, self.d_out)
+
+    def factors(self):
+        return self.scale * self.whole("B").T, self.whole("A").T
+
+    def randomize(self):
+        self.draw("B", 1 / math.sqrt(self.d_out + self.rank))
+
+    def weight(self, base):
+        b, a = self.factors()
+        return base.weight + b @ a
+
+    def update(self, x, base, y):
+        b, a = self.factors()
+        return linear(F.dropout(x, self.dropout, self.training) if self.dropout else x, a, b)
+
+
+@register("loretta")
+class LoRETTA(Ranked):
+    """LoRETTA: W = W0 + (alpha / rank) B A; A and B tensor trains, far fewer numbers than the two matrices.
+
+    Yang et al. 2024, LoRETTA_rep; of LoRETTA_adp, adapters beside a layer, nothing is here, nor do LayerNorms and a
+    classifier in tensor form train, as in the authors' recipe. A train is read input first, as in their code. They list
+    the lengths k_i for some sizes; here they are about equal, the same for 768, and any size will do. Their start,
+    Gaussian cores, changes the output; start=zero, with B's last core at zero, does not (inferred).
+
+    Cost: a LoRA's; and once a step the two trains are contracted, in about tt_rank rank (d_in + d_out) products."""
+
+    paper = "LoRETTA, arXiv 2402.11417"
+    gives = frozenset({"additive", "weight"})
+    zero_start = False
+
+    @dataclass
+    class Config(RankedConfig):
+        """tt_rank: rho, within the trains; order: cores of a train; start: normal or zero."""
+
+        tt_rank: int = 5
+        order: int = 4
+        start: str = "normal"
+
+        def check(self):
+            super().check()
+            self.check_least(1, "tt_rank")
+            self.check_least(2, "order")
+            if self.start not in STARTS:
+                raise UserError(f"start is {self.start!r}; it takes {', '.join(STARTS)}")
+
+    def build(self, site, make):
+        return LoRETTADelta(site, self.fitting(site), self.scale(site), self.config)
