@@ -127,6 +127,8 @@ MUTANTS = [  # file, what stands there, what stands there instead, where
     ("variants/dora.py", "+ 2 * (b", "+ (b", "@dora"),
     ("variants/dora.py", " and not self.constant", "", "@dora"),
     ("variants/dora.py", "(self.square > 0) & (square > 0)", "square > 0", "@dora"),
+    ("variants/fact.py", ".permute(2, 0, 3, 1)", ".permute(2, 1, 3, 0)", "@fact"),
+    ("variants/fact.py", 'len(state[f"{n}.P"]) == rank', "True", "@fact"),
     ("variants/fourierft.py", 'fft(z, norm="forward")', "fft(z)", "@fourierft"),
     ("variants/full.py", "self.dense_bias - base.bias", "self.dense_bias", "full+dora"),
     ("variants/full.py", "to(dtype, copy=True).contiguous()", "to(dtype).contiguous()", "full+dora"),
