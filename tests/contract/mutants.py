@@ -199,6 +199,8 @@ MUTANTS = [  # file, what stands there, what stands there instead, where
     ("variants/nola.py", "+ 1 + site.index", "+ 1", "@nola"),
     ("variants/nola.py", "return checkpoint(self.combined, self.a, self.c, use_reentrant=False, preserve_rng_state=False)",
      "return self.combined(self.a, self.c)", "@nola"),
+    ("variants/tera.py", "before *= f.shape[0]", "before *= f.shape[1]", "@tera"),
+    ("variants/tera.py", "if torch.equal(self.checksum.cpu(), saved)", "if True", "@tera"),
     ("variants/vera.py", 'self.__dict__["bank"] = bank', "self.bank = bank", "vera vera+dora"),
     ("adapter/bank.py", 'if torch.equal(checksum(rank, a, b), saved["checksum"].cpu()):', "if True:", "@vera"),
     ("adapter/bank.py", "generator=generator", "generator=None", "@vera"),

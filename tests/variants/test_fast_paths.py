@@ -56,6 +56,7 @@ FAST = {
     "nola": {"rank": 4, "num_bases": 8},
     "krona": {},  # [1, 31] kron [29, 1]
     "fourierft": {"n": 1},
+    "tera": {"ratio": 0.5},
     "loretta": {"rank": 4},
     "tenslora": {"rank": 4, "mode": "att_qkv_depth", "heads": 31},
     "tenslora+dora": {"rank": 4},
