@@ -59,10 +59,13 @@ class Sparse(Elastic, Delta):
         return {"values": ("n",), "index": (2, "n")}
 
     def complaints(self, saved: dict[str, Tensor]) -> list[str]:
-        bad = super().complaints(saved)
-        if not bad and ((i := saved["index"]) < 0).any() | (i >= i.new_tensor([[self.d_out], [self.d_in]])).any():
-            bad = [f"index points outside [{self.d_out}, {self.d_in}]"]
-        return bad
+        return super().complaints(saved) or self.outside("index", saved)
+
+    def outside(self, name: str, saved: dict[str, Tensor]) -> list[str]:
+        """Complains of places that the layer has not."""
+        index = saved[name]
+        fine = (index >= 0).all() and (index < index.new_tensor([[self.d_out], [self.d_in]])).all()
+        return [] if fine else [f"{name} points outside [{self.d_out}, {self.d_in}]"]
 
     def entries(self) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """((rows, columns), what is added there)."""
