@@ -58,6 +58,24 @@ class Named:
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must lie in [0, 1)")
 
+    def check_choices(self, **allowed: Iterable[str | None]) -> None:
+        """Refuse options that are none of the words allowed."""
+        for name, words in allowed.items():
+            if getattr(self, name) not in words:
+                raise UserError(f"{name} is {getattr(self, name)!r}; it takes {', '.join(filter(None, words))}")
+
+    def check_not_zero(self, *names: str) -> None:
+        """Refuse 0 for what multiplies the update."""
+        for name in names:
+            if getattr(self, name) == 0:
+                raise UserError(f"{name} is 0: the update would be zero for ever")
+
+    def check_seeds(self, *names: str) -> None:
+        """Refuse what no generator takes."""
+        for name in names:
+            if not 0 <= getattr(self, name) < 2**63:
+                raise UserError(f"{name} is {getattr(self, name)}; it must lie in [0, 2^63)")
+
 
 # One empty config an axis: the field's type, and its "nothing here" value.
 @dataclass

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import UserError
 from ..registry import StructureConfig
 from .elastic import Elastic
 
@@ -20,8 +19,7 @@ class BankConfig(StructureConfig):
     save_bank: bool = False
 
     def check(self) -> None:
-        if not 0 <= self.bank_seed < 2**63:
-            raise UserError(f"bank_seed is {self.bank_seed}; it must lie in [0, 2^63)")
+        self.check_seeds("bank_seed")
 
 
 def uniform(generator: torch.Generator, *shape: int, bound: float) -> Tensor:

@@ -113,12 +113,9 @@ class FramedConfig(StructureConfig):
 
     def check(self) -> None:
         known = (*self.owner.constructions, RANDOM, IDENTITY)  # type: ignore[attr-defined]
-        for key, allowed in (("construction", known), ("share", SHARES), ("rectangle", RECTANGLES), ("tail", TAILS)):
-            if getattr(self, key) not in allowed:
-                raise UserError(f"{key} is {getattr(self, key)!r}; it takes {', '.join(allowed)}")
+        self.check_choices(construction=known, share=SHARES, rectangle=RECTANGLES, tail=TAILS)
         self.check_shares("dropout")
-        if not 0 <= self.frame_seed < 2**63:
-            raise UserError(f"frame_seed is {self.frame_seed}; it must lie in [0, 2^63)")
+        self.check_seeds("frame_seed")
         if self.frame_seed and self.construction != RANDOM:
             raise UserError(f"frame_seed is {self.frame_seed}, but only construction={RANDOM} is drawn: drop one of them")
 

@@ -37,10 +37,8 @@ class SpectralConfig(StructureConfig):
         for what, n in (("n", self.n), *((f"n_pattern {k!r}", v) for k, v in self.n_pattern.items())):
             if n < 1:
                 raise UserError(f"{what} is {n}; it must be at least 1")
-        if self.scale == 0:
-            raise UserError("scale is 0: the update would be zero for ever")
-        if not 0 <= self.position_seed < 2**63:
-            raise UserError(f"position_seed is {self.position_seed}; it must lie in [0, 2^63)")
+        self.check_not_zero("scale")
+        self.check_seeds("position_seed")
 
 
 def drawn(size: int, n: int, seed: int) -> Tensor:

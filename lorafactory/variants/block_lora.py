@@ -68,8 +68,7 @@ class BlockLoRA(Ranked):
         def check(self):
             super().check()
             self.check_least(1, "arms")
-            if self.partition not in PARTITIONS:
-                raise UserError(f"partition is {self.partition!r}; it takes {', '.join(PARTITIONS)}")
+            self.check_choices(partition=PARTITIONS)
 
         def gives(self):
             return super().gives() - ({"input"} if self.partition == "input" else set())

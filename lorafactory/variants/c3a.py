@@ -91,8 +91,7 @@ class C3A(Structure):
             for what, b in sizes.items():
                 if b is not None and b < 1:
                     raise UserError(f"{what} is {b}; it must be at least 1")
-            if self.start not in STARTS:
-                raise UserError(f"start is {self.start!r}; it takes {', '.join(STARTS)}")
+            self.check_choices(start=STARTS)
 
     def __init__(self, config, adapter):
         super().__init__(config, adapter)

@@ -143,13 +143,10 @@ class CGLoRA(Structure):
             self.check_least(1, "rank", "code_dim", "hidden")
             if not self.codes or len(set(self.codes)) < len(self.codes) or not all(isinstance(n, str) and n for n in self.codes):
                 raise UserError(f"codes is {self.codes}; it takes the names of different entries of a batch")
-            for key, allowed in (("split", SPLITS), ("absent", ABSENT)):
-                if getattr(self, key) not in allowed:
-                    raise UserError(f"{key} is {getattr(self, key)!r}; it takes {', '.join(allowed)}")
+            self.check_choices(split=SPLITS, absent=ABSENT)
             if self.split == "rank" and len(self.codes) == 1:
                 raise UserError("split is 'rank', but there is one code: leave it out")
-            if self.scale == 0:
-                raise UserError("scale is 0: the update would be zero for ever")
+            self.check_not_zero("scale")
             self.check_shares("dropout")
 
     def __init__(self, config, adapter):

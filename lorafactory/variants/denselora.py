@@ -5,7 +5,6 @@ import torch.nn.functional as F
 
 from ..adapter import Delta, Elastic, Structure, linear
 from ..adapter.ranked import fitting
-from ..errors import UserError
 from ..registry import StructureConfig, register
 
 ACTIVATIONS = ("gelu", "none")
@@ -98,10 +97,8 @@ class DenseLoRA(Structure):
 
         def check(self):
             self.check_least(1, "rank")
-            if self.alpha == 0:
-                raise UserError("alpha is 0: the update would be zero for ever")
-            if self.activation not in ACTIVATIONS:
-                raise UserError(f"activation is {self.activation!r}; it takes {', '.join(ACTIVATIONS)}")
+            self.check_not_zero("alpha")
+            self.check_choices(activation=ACTIVATIONS)
             self.check_shares("dropout")
 
         def gives(self):

@@ -108,12 +108,10 @@ class FacT(Structure):
         dropout: float = 0.0
 
         def check(self):
-            if self.form not in FORMS:
-                raise UserError(f"form is {self.form!r}; it takes {', '.join(FORMS)}")
+            self.check_choices(form=FORMS)
             self.check_least(1, "rank")
             self.check_shares("dropout")
-            if self.scale == 0:
-                raise UserError("scale is 0: the update would be zero for ever")
+            self.check_not_zero("scale")
             if self.width is not None and self.width < 1:
                 raise UserError(f"width is {self.width}; it must be at least 1")
 

@@ -4,7 +4,6 @@ import torch
 import torch.nn as nn
 
 from ..adapter.spectral import Spectral, SpectralConfig, SpectralDelta
-from ..errors import UserError
 from ..registry import register
 
 STARTS = ("normal", "zero")
@@ -54,8 +53,7 @@ class FourierFT(Spectral):
 
         def check(self):
             super().check()
-            if self.start not in STARTS:
-                raise UserError(f"start is {self.start!r}; it takes {', '.join(STARTS)}")
+            self.check_choices(start=STARTS)
 
     def build(self, site, make):
         delta = FourierFTDelta(self.positions[self.key(site)], site, self.n[site.name], self.config.scale)

@@ -86,8 +86,7 @@ class GaLore(Part):
             self.check_least(1, "rank", "every")
             if self.scale <= 0:
                 raise UserError(f"scale is {self.scale}; it must be positive")
-            if self.proj_type not in SIDES:
-                raise UserError(f"proj_type is {self.proj_type!r}; it takes {', '.join(SIDES)}")
+            self.check_choices(proj_type=SIDES)
 
     def attach(self):
         self.register_buffer("refreshes", torch.zeros((), dtype=torch.long))

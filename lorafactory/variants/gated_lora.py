@@ -64,9 +64,7 @@ class GatedLoRA(Ranked):
 
         def check(self):
             super().check()
-            for key, allowed in (("gate", GATES), ("residual_start", STARTS)):
-                if getattr(self, key) not in allowed:
-                    raise UserError(f"{key} is {getattr(self, key)!r}; it takes {', '.join(allowed)}")
+            self.check_choices(gate=GATES, residual_start=STARTS)
             self.check_least(1, "gate_rank")
             if self.gate_rank != 4 and self.gate != "low":
                 raise UserError(f"gate_rank is {self.gate_rank}, but the gate is {self.gate}: leave it out")

@@ -58,9 +58,7 @@ class GeLoRA(Part):
         scale: Optional[float] = None  # noqa: UP045  s of every layer; null: alpha / rank
 
         def check(self):
-            for key, allowed in (("pooling", probe.POOLINGS), ("estimator", ("fit", "mle"))):
-                if getattr(self, key) not in allowed:
-                    raise UserError(f"{key} is {getattr(self, key)!r}; it takes {', '.join(allowed)}")
+            self.check_choices(pooling=probe.POOLINGS, estimator=("fit", "mle"))
             if self.samples < LEAST:
                 raise UserError(f"samples is {self.samples}; fewer than {LEAST} say nothing about a dimension")
             if self.scale is not None and self.scale <= 0:

@@ -85,8 +85,7 @@ class Hydra(Ranked):
 
         def check(self):
             super().check()
-            if self.branches not in BRANCHES:
-                raise UserError(f"branches is {self.branches!r}; there are {', '.join(BRANCHES)}")
+            self.check_choices(branches=BRANCHES)
             if self.sequential_rank is not None:
                 self.check_least(1, "sequential_rank")
                 if self.branches != "both":

@@ -72,10 +72,8 @@ class KronA(Structure):
         def check(self):
             if self.outer is not None and (len(self.outer) != 2 or min(self.outer) < 1):
                 raise UserError(f"outer is {self.outer}; it takes [a1, a2], both at least 1")
-            if self.scale == 0:
-                raise UserError("scale is 0: the update would be zero for ever")
-            if self.start not in STARTS:
-                raise UserError(f"start is {self.start!r}; it takes {', '.join(STARTS)}")
+            self.check_not_zero("scale")
+            self.check_choices(start=STARTS)
             self.check_shares("dropout")
 
     def build(self, site, make):

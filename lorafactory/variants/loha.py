@@ -6,7 +6,6 @@ from torch.utils.checkpoint import checkpoint
 from .. import linalg
 from ..adapter import linear
 from ..adapter.lycoris import Lycoris, LycorisConfig, LycorisDelta, uniform
-from ..errors import UserError
 from ..registry import register
 
 STARTS = ("uniform", "normal")
@@ -84,8 +83,7 @@ class LoHa(Lycoris):
 
         def check(self):
             super().check()
-            if self.start not in STARTS:
-                raise UserError(f"start is {self.start!r}; it takes {', '.join(STARTS)}")
+            self.check_choices(start=STARTS)
 
     def build(self, site, make):
         return LoHaDelta(site, self.fitting(site), self.scale(site), self.config)

@@ -34,9 +34,7 @@ class LoRAGA(Init):
         niter: int = 4  # of a randomised SVD; 0: the exact one
 
         def check(self):
-            for key, allowed in (("direction", DIRECTIONS), ("scale", SCALES)):
-                if getattr(self, key) not in allowed:
-                    raise UserError(f"{key} is {getattr(self, key)!r}; it takes {', '.join(allowed)}")
+            self.check_choices(direction=DIRECTIONS, scale=SCALES)
             if self.batches < 1 or self.gamma <= 0 or self.niter < 0:
                 given = f"batches={self.batches}, gamma={self.gamma}, niter={self.niter}"
                 raise UserError(f"{given}: the first two must be positive, niter 0 or more")

@@ -105,8 +105,7 @@ class LoRAPro(Part):
         condition: float = 1e6
 
         def check(self):
-            if self.x not in CHOICES:
-                raise UserError(f"x is {self.x!r}; it takes {', '.join(CHOICES)}")
+            self.check_choices(x=CHOICES)
             if self.damping < 0:
                 raise UserError(f"damping is {self.damping}; it must be 0 or more")
             if self.condition <= 1:

@@ -127,8 +127,7 @@ class LoRAXS(Ranked):
         def check(self):
             super().check()
             self.check_least(0, "niter", "core_std")
-            if self.factors not in OF_WEIGHT + OF_CHANCE:
-                raise UserError(f"factors is {self.factors!r}; it takes {', '.join(OF_WEIGHT + OF_CHANCE)}")
+            self.check_choices(factors=OF_WEIGHT + OF_CHANCE)
             if self.niter and self.factors != "top":
                 raise UserError(f"niter is {self.niter} beside factors={self.factors}: a randomised SVD gives the top alone")
             if not self.save_factors and (self.niter or self.factors in OF_CHANCE):

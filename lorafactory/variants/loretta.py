@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from .. import linalg
 from ..adapter import Delta, Elastic, linear
 from ..adapter.ranked import Ranked, RankedConfig
-from ..errors import UserError
 from ..registry import register
 
 STARTS = ("normal", "zero")
@@ -109,8 +108,7 @@ class LoRETTA(Ranked):
             super().check()
             self.check_least(1, "tt_rank")
             self.check_least(2, "order")
-            if self.start not in STARTS:
-                raise UserError(f"start is {self.start!r}; it takes {', '.join(STARTS)}")
+            self.check_choices(start=STARTS)
 
     def build(self, site, make):
         return LoRETTADelta(site, self.fitting(site), self.scale(site), self.config)

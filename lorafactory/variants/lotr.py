@@ -110,14 +110,11 @@ class LoTR(Structure):
 
         def check(self):
             self.check_least(1, "rank")
-            if self.alpha == 0:
-                raise UserError("alpha is 0: the update would be zero for ever")
+            self.check_not_zero("alpha")
             for key in ("factor_std", "factor_lr"):
                 if getattr(self, key) <= 0:
                     raise UserError(f"{key} is {getattr(self, key)}; it must be positive")
-            for key, allowed in (("left", FACTORS), ("core", CORES), ("right", FACTORS), ("group_by", GROUPS)):
-                if getattr(self, key) not in allowed:
-                    raise UserError(f"{key} is {getattr(self, key)!r}; it takes {', '.join(allowed)}")
+            self.check_choices(left=FACTORS, core=CORES, right=FACTORS, group_by=GROUPS)
             zeros = [k for k in ("left", "core", "right") if getattr(self, k) == "zero"]
             if len(zeros) > 1:
                 raise UserError(f"{' and '.join(zeros)} are zero, so nothing would ever train: start one elsewhere")

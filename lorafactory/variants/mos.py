@@ -99,8 +99,7 @@ class MoS(Structure):
             self.check_least(1, "lora_rank", "shards")
             self.check_least(0, "private")
             self.check_shares("dropout")
-            if self.alpha == 0:
-                raise UserError("alpha is 0: the update would be zero for ever")
+            self.check_not_zero("alpha")
             if self.private > self.lora_rank:
                 raise UserError(f"private is {self.private}; of lora_rank={self.lora_rank} it can be no more than that")
             if self.rank is not None and self.rank < max(1, self.private):

@@ -84,8 +84,7 @@ class MoSLoRA(Ranked):
 
         def check(self):
             super().check()
-            if self.start not in STARTS:
-                raise UserError(f"start is {self.start!r}; it takes {', '.join(STARTS)}")
+            self.check_choices(start=STARTS)
             if self.frozen and self.start == "identity":
                 raise UserError("frozen at start='identity', M changes nothing: take lora, or another start")
 

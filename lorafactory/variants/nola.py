@@ -126,10 +126,8 @@ class NOLA(Structure):
             super().check()
             self.check_least(1, "rank", "num_bases")
             self.check_shares("dropout")
-            if self.alpha == 0:
-                raise UserError("alpha is 0: the update would be zero for ever")
-            if self.bases not in BASES:
-                raise UserError(f"bases is {self.bases!r}; it takes {', '.join(BASES)}")
+            self.check_not_zero("alpha")
+            self.check_choices(bases=BASES)
             if self.save_bank and self.bases == "drawn":
                 raise UserError("save_bank is true beside bases=drawn, which keeps none: bases=held or shared do")
 

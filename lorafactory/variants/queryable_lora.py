@@ -168,10 +168,8 @@ class QueryableLoRA(Structure):
             self.check_least(1, "rank", "atoms", "top", "width", "block")
             if self.top > self.atoms:
                 raise UserError(f"top is {self.top}; there are {self.atoms} atoms")
-            if self.alpha == 0:
-                raise UserError("alpha is 0: the update would be zero for ever")
-            if self.positions not in POSITIONS:
-                raise UserError(f"positions is {self.positions!r}; it takes {', '.join(POSITIONS)}")
+            self.check_not_zero("alpha")
+            self.check_choices(positions=POSITIONS)
             if self.instruction is not None and not (self.instruction and all(math.isfinite(v) for v in self.instruction)):
                 raise UserError(f"instruction is {self.instruction}; it takes an embedding, a list of finite numbers")
             if self.beta < 0 or self.temperature <= 0:

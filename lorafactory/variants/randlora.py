@@ -134,13 +134,10 @@ class RandLoRA(Structure):
             super().check()
             self.check_least(1, "rank")
             self.check_shares("dropout")
-            if self.scale == 0:
-                raise UserError("scale is 0: the update would be zero for ever")
+            self.check_not_zero("scale")
             if not 0 < self.coverage <= 1:
                 raise UserError(f"coverage is {self.coverage}; it must lie in (0, 1]")
-            for key, allowed in (("form", FORMS), ("basis", BASES)):
-                if getattr(self, key) not in allowed:
-                    raise UserError(f"{key} is {getattr(self, key)!r}; it takes {', '.join(allowed)}")
+            self.check_choices(form=FORMS, basis=BASES)
             if self.sparsity is not None and self.basis != "sparse":
                 raise UserError(f"sparsity is {self.sparsity}, of no effect on basis={self.basis}: leave it out")
             if self.sparsity is not None and self.sparsity < 2:

@@ -43,8 +43,7 @@ class ReLoRA(Part):
                 raise UserError(f"every is {self.every}; it must be a share of the run below 1, or 2 steps or more")
             if self.warmup < 0:
                 raise UserError(f"warmup is {self.warmup}; it must be 0 or more")
-            if self.prune not in SHARE:
-                raise UserError(f"prune is {self.prune!r}; it takes {', '.join(SHARE)}")
+            self.check_choices(prune=SHARE)
             if self.pruned is not None and self.prune not in ("random", "magnitude"):
                 raise UserError(f"pruned is {self.pruned}, but prune={self.prune} fixes the share: drop one of them")
             if self.pruned is not None and not 0 <= self.pruned <= 1:

@@ -90,8 +90,7 @@ class SALT(Structure):
             if not 0 <= self.ratio <= 1:
                 raise UserError(f"ratio is {self.ratio}; it must lie in [0, 1]")
             self.check_least(1, "rank")
-            if self.relu not in RELUS:
-                raise UserError(f"relu is {self.relu!r}; it takes {', '.join(RELUS)}")
+            self.check_choices(relu=RELUS)
             if self.penalty < 0:
                 raise UserError(f"penalty is {self.penalty}; it must not be negative")
 

@@ -73,8 +73,7 @@ class SHiRA(Structure):
             self.check_least(1, "rank")
             if self.fraction is not None and not 0 < self.fraction <= 1:
                 raise UserError(f"fraction is {self.fraction}; it must lie in (0, 1]")
-            if self.mask_type not in MASKS:
-                raise UserError(f"mask_type is {self.mask_type!r}; it takes {', '.join(MASKS)}")
+            self.check_choices(mask_type=MASKS)
             self.check_least(0, "mask_offset")
             if self.mask_offset and self.mask_type == "random":
                 raise UserError(f"mask_offset is {self.mask_offset}, of no effect on a random mask: it takes another seed")

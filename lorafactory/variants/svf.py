@@ -79,8 +79,7 @@ class SVF(Structure):
         save_basis: bool = False
 
         def check(self):
-            if self.mode not in MODES:
-                raise UserError(f"mode is {self.mode!r}; it takes {', '.join(MODES)}")
+            self.check_choices(mode=MODES)
             if not 0 < self.fraction <= 1:
                 raise UserError(f"fraction is {self.fraction}; it must lie in (0, 1]")
             if self.renormalise and (self.mode != "scale" or self.fraction < 1):

@@ -109,9 +109,7 @@ class SVFT(Structure):
         save_basis: bool = False
 
         def check(self):
-            for key, allowed in (("pattern", PATTERNS), ("start", STARTS)):
-                if getattr(self, key) not in allowed:
-                    raise UserError(f"{key} is {getattr(self, key)!r}; it takes {', '.join(allowed)}")
+            self.check_choices(pattern=PATTERNS, start=STARTS)
             if self.band is not None:
                 self.check_least(1, "band")
                 if self.pattern == "plain":

@@ -129,14 +129,11 @@ class TensLoRA(Structure):
 
         def check(self):
             self.check_least(1, "rank", "heads")
-            for key, allowed in (("mode", MODES), ("form", FORMS), ("start", (None, *STARTS))):
-                if getattr(self, key) not in allowed:
-                    raise UserError(f"{key} is {getattr(self, key)!r}; it takes {', '.join(filter(None, allowed))}")
+            self.check_choices(mode=MODES, form=FORMS, start=(None, *STARTS))
             axes = 2 + len(self.mode.split("_"))
             if self.ranks is not None and (self.form != "tucker" or len(self.ranks) != axes or min(self.ranks) < 1):
                 raise UserError(f"ranks is {self.ranks}; mode {self.mode} takes {axes} in Tucker's form, none in CP's")
-            if self.scale == 0:
-                raise UserError("scale is 0: the update would be zero for ever")
+            self.check_not_zero("scale")
             if self.heads > 1 and "att" not in self.mode.split("_"):
                 raise UserError(f"heads is {self.heads}, of which mode {self.mode} has no axis: choose a mode with att")
             if self.head_major and self.heads == 1:

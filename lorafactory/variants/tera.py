@@ -132,10 +132,8 @@ class TeRA(Structure):
             for key in ("scale", "d_initial"):
                 if getattr(self, key) == 0:
                     raise UserError(f"{key} is 0: nothing would ever train")
-            if self.zero not in ZEROS:
-                raise UserError(f"zero is {self.zero!r}; it takes {', '.join(ZEROS)}")
-            if not 0 <= self.network_seed < 2**63:
-                raise UserError(f"network_seed is {self.network_seed}; it must lie in [0, 2^63)")
+            self.check_choices(zero=ZEROS)
+            self.check_seeds("network_seed")
 
     def __init__(self, config, adapter):
         super().__init__(config, adapter)

@@ -103,8 +103,7 @@ class TiedLoRA(Structure):
         def check(self):
             self.check_least(1, "rank")
             self.check_shares("dropout")
-            if self.alpha == 0:
-                raise UserError("alpha is 0: the update would be zero for ever")
+            self.check_not_zero("alpha")
             if not self.trained or len(set(self.trained)) < len(self.trained) or set(self.trained) - {*TIED, *OWN}:
                 raise UserError(f"trained is {self.trained}; it takes one or more of {', '.join((*TIED, *OWN))}, each once")
             if self.factor_lr <= 0:

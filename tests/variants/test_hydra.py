@@ -112,7 +112,7 @@ def test_counts():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"branches": "two"}, "branches is 'two'; there are both, parallel, sequential"),
+        ({"branches": "two"}, "branches is 'two'; it takes both, parallel, sequential"),
         ({"branches": "parallel", "sequential_rank": 4}, "branches is parallel: use rank"),
         ({"sequential_rank": 0}, "sequential_rank is 0; it must be at least 1"),
         ({"sequential_rank": 25}, "at most 24"),
