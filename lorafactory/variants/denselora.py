@@ -72,8 +72,7 @@ class LinearDenseDelta(DenseDelta):
 
 @register("denselora")
 class DenseLoRA(Structure):
-    """DenseLoRA: y = W0 x + (alpha / rank) gelu(D M gelu(E x)): an encoder and a decoder that all layers share, and a small
-    dense matrix M of each layer's own.
+    """DenseLoRA: y = W0 x + (alpha / rank) gelu(D M gelu(E x)); M small, dense and the layer's own, E and D shared.
 
     Mu et al., ACL 2025. E [rank, d_in] starts as LoRA's A, D [d_out, rank] at zero, M [rank, rank] Kaiming-uniform; layers
     of one kind (the same module of every block, of one shape) share E and D. As the authors' code is published it trains

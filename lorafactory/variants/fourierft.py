@@ -26,13 +26,13 @@ class FourierFTDelta(SpectralDelta):
 
 @register("fourierft")
 class FourierFT(Spectral):
-    """FourierFT: W = W0 + s Re(IDFT2(F)), F [d_out, d_in] zero but for n trained coefficients at random entries, the same
-    for all layers of a shape.
+    """FourierFT: W = W0 + s Re(IDFT2(F)), F [d_out, d_in] zero but for n trained coefficients at random entries.
 
-    Gao et al. 2024; s multiplies the inverse transform, which divides by d_out d_in. c is real, so the update is even,
-    dW_pq = dW_-p,-q (indices modulo d_out and d_in): even with all entries of F it has only about half of the
-    dimensions of all matrices. (j, l) and (-j, -l) are one and the same cosine. The start is the authors': c ~ N(0, 1),
-    so that attaching changes the output; start=zero does not. Their bias of the entries to a frequency is left out.
+    Gao et al. 2024; the entries are the same for all layers of a shape. s multiplies the inverse transform, which divides
+    by d_out d_in. c is real, so the update is even, dW_pq = dW_-p,-q (indices modulo d_out and d_in): even with all entries
+    of F it has only about half of the dimensions of all matrices. (j, l) and (-j, -l) are one and the same cosine. The
+    start is the authors', c ~ N(0, 1), so that attaching changes the output, of small layers more than they bear;
+    start=zero does not. Their bias of the entries to a frequency is left out.
 
     Cost: with few entries, 512 n < d_out d_in, F is applied between two transforms of the activations, complex:
     about d_in log d_in + n + d_out log d_out products a position, and once more in the backward pass, which keeps x

@@ -58,8 +58,10 @@ class SALTDelta(Singular):
 
 @register("salt")
 class SALT(Structure):
-    """SALT: W = U relu(Z) V^T, W0 = U diag(S) V^T; the k1 = ratio k largest singular values are scaled and shifted, and
-    X Y [k2, k2] of rank `rank` is added between the other singular vectors: Z = [diag(a * S1 + c), 0; 0, diag(S2) + X Y].
+    """SALT: W = U relu(Z) V^T, W0 = U diag(S) V^T, Z = [diag(a * S1 + c), 0; 0, diag(S2) + X Y].
+
+    The k1 = ratio k largest singular values are scaled and shifted, and X Y [k2, k2] of rank `rank` is added between the
+    other singular vectors.
 
     Elsayed et al. 2025. Y is zero at first (the authors' SAM 2 code; their first started X and Y at 0.01 N(0, 1), not at
     W0), X is U(-sqrt(6 / rank), sqrt(6 / rank)), which is what their Kaiming call draws: it ignores its `a`. Their ReLU is

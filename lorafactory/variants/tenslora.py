@@ -115,7 +115,7 @@ class TensLoRA(Structure):
     class Config(StructureConfig):
         """mode: what a tensor joins; form: tucker or cp; rank: of every axis; ranks: of each axis, in place of rank
         (Tucker); scale: s; heads: h of the att modes; head_major: unfold head by head; start: of the factors, orthogonal
-        (null with Tucker), kaiming (null with CP) or normal; per_shape: unlike shapes have a tensor each."""
+        (null with Tucker), kaiming (null with CP) or normal; per_shape: unlike shapes have a tensor each (false: are refused)."""
 
         mode: str = "qkv_depth"
         form: str = "tucker"
@@ -125,7 +125,7 @@ class TensLoRA(Structure):
         heads: int = 1
         head_major: bool = False
         start: Optional[str] = None  # noqa: UP045
-        per_shape: bool = False
+        per_shape: bool = True
 
         def check(self):
             self.check_least(1, "rank", "heads")

@@ -96,8 +96,9 @@ class TeRADelta(Delta):
 
 @register("tera")
 class TeRA(Structure):
-    """TeRA: the update as a tensor with modes of rows and of columns, a Tucker network of a random frozen core G and
-    random frozen factors A_n that all layers of a shape share; only the diagonals d_n between them train.
+    """TeRA: the update is a Tucker network, core and factors random, frozen and shared; diagonals between them train.
+
+    Its tensor has modes of rows and of columns; core G and factors A_n are those of all layers of a shape, d_n a layer's.
 
     Gu et al. 2025. d_out = I_1 ... I_k and d_in = I_k+1 ... I_N. The rank is min(R_1 ... R_k, R_k+1 ... R_N), full with
     R_n = I_n, at sum R_n numbers a layer. Two modes are VeRA's vectors around a full-rank matrix. Seen of the paper is

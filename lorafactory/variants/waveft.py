@@ -104,9 +104,8 @@ class WaveFT(Spectral):
 
     @dataclass
     class Config(SpectralConfig):
-        """wavelet: db1 to db10, or null for none."""
+        """n: 2592 in PEFT; wavelet: db1 to db10, or null for none."""
 
-        n: int = 2592
         scale: float = 25.0
         wavelet: Optional[str] = "db1"  # noqa: UP045
 

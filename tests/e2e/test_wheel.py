@@ -22,12 +22,13 @@ def wheel(tmp_path_factory):
     return path
 
 
-def test_it_holds_code_configs_and_licence_only(wheel):
+def test_it_holds_code_configs_a_small_base_and_licence_only(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert any(n.endswith("licenses/LICENSE") for n in names)
     data = {f"lorafactory/{p.relative_to(ROOT)}" for p in (ROOT / "configs").rglob("*.yaml")}
     code = {str(p.relative_to(ROOT)) for p in (ROOT / "lorafactory").rglob("*.py")}
-    assert {n for n in names if ".dist-info" not in n} == data | code
+    base = {str(p.relative_to(ROOT)) for p in (ROOT / "lorafactory/vit_mnist").iterdir()}
+    assert {n for n in names if ".dist-info" not in n} == data | code | base
 
 
 def test_it_runs_outside_the_repository(wheel, tmp_path):

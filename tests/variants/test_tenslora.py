@@ -9,8 +9,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorafactory import UserError, attach, registry
 
-SMALL = {"per_shape": True}
-NARROW = {"per_shape": True}
 CHANGES = {
     "mode": (["qkv", "depth", "att"], {"target_modules": ["fc1", "fc2"]}),
     "heads": ([2], {"mode": "att"}),
@@ -172,7 +170,7 @@ def test_heads_are_columns_or_blocks():
         adapted = attach(copy.deepcopy(base), "tenslora", mode="att", rank=2, heads=2, head_major=major, seed=0)
         perturb(adapted.adapter, 1.0)
         with torch.no_grad():
-            adapted.adapter.structure.stacks["*-0"].heads[1] = 0
+            adapted.adapter.structure.stacks["*-0-4x4"].heads[1] = 0
         found[major] = updates(adapted)["0"].any(1).tolist()
     assert found == {False: [True, False, True, False], True: [True, True, False, False]}
 
@@ -184,8 +182,8 @@ def test_unlike_shapes_are_refused_by_name_or_have_a_tensor_each():
     with pytest.raises(
         UserError, match=r"0.self_attn.q_proj \[24, 24\] and .*0.self_attn.k_proj \[12, 24\] have no meaning"
     ):
-        attach(llama, "tenslora", **targets)
-    adapted = attach(llama, "tenslora", per_shape=True, **targets)
+        attach(llama, "tenslora", per_shape=False, **targets)
+    adapted = attach(llama, "tenslora", **targets)
     stacks = adapted.adapter.structure.stacks
     assert {k: list(s.sizes.values()) for k, s in stacks.items()} == {"24x24": [24, 24, 1, 2], "12x24": [24, 12, 2, 2]}
     adapted.detach()
@@ -197,7 +195,7 @@ def test_unlike_shapes_are_refused_by_name_or_have_a_tensor_each():
 
 
 def test_a_tensor_is_saved_once_and_owned_by_the_structure():
-    adapted = attach(Blocks(), "tenslora", rank=2)
+    adapted = attach(Blocks(), "tenslora", rank=2, per_shape=False)
     assert set(adapted.adapter.state_dict()) == {
         f"structure.stacks.all.{n}" for n in ("core", "inputs", "outputs", "projections", "layers", "scale")
     }

@@ -122,7 +122,7 @@ def test_without_a_wavelet_it_trains_weights():
 def test_counts():
     """n a layer, whatever its shape: 24 in RoBERTa-base."""
     targets = {"target_modules": ["query", "value"]}
-    assert attach(copy.deepcopy(roberta_base()), "waveft", **targets).cost()["adapter_parameters"] == 24 * 2592
+    assert attach(copy.deepcopy(roberta_base()), "waveft", n=2592, **targets).cost()["adapter_parameters"] == 24 * 2592
 
 
 def test_nonsense():
