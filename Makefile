@@ -8,7 +8,7 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 WANDB_MODE=disabled $(PY) -m pytest -n $(JOBS) --dist worksteal -q
 
-.PHONY: help setup demo test test-all test-gpu bench glue vision generation lint types check tables wheel clean
+.PHONY: help setup demo test test-all test-gpu bench glue vision ablations generation lint types check tables wheel clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -49,8 +49,11 @@ bench: setup ## step time and memory of every variant beside PEFT: results/bench
 glue: setup ## every variant on GLUE's CoLA, MRPC and SST-2, on two CPU cores (hours; stop it at will, it goes on)
 	@scripts/glue.sh
 
-vision: setup ## every variant on scikit-learn's digits, a ViT pre-trained on MNIST (under an hour)
+vision: setup ## every variant on scikit-learn's digits, a ViT pre-trained on MNIST (an hour on two cores)
 	@scripts/vision.sh
+
+ablations: setup ## the steps of MoS and the modes of TensLoRA on the same digits (half an hour)
+	@scripts/ablations.sh
 
 generation: setup ## six variants of SmolLM2 on a puzzle of reasoning-gym (hours on two CPU cores; stop it at will)
 	@scripts/generation.sh
