@@ -1,7 +1,7 @@
 """The interface that every variant is written against. Reading order: site, delta, low_rank, part, adapter."""
 
 from .adapter import Adapter
-from .delta import Copy, Delta, Wrapper, exact, kronecker, linear
+from .delta import Additive, Copy, Delta, Wrapper, exact, kronecker, linear
 from .elastic import Elastic
 from .low_rank import LowRank
 from .part import Decomposition, Init, Part, Stage, Step, Structure
@@ -13,6 +13,7 @@ from .turned import Turned
 
 __all__ = [
     "Adapter",
+    "Additive",
     "Base",
     "Copy",
     "Decomposition",

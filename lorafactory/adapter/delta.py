@@ -45,6 +45,11 @@ def kronecker(x: Tensor, w1: Tensor, *w2: Tensor) -> Tensor:
     return (linear(w1 @ x, *w2) if fewer_first else w1 @ linear(x, *w2)).flatten(-2)
 
 
+def dropped(x: Tensor, module: Any) -> Tensor:
+    """Dropout of what a module's update reads, where it has any."""
+    return F.dropout(x, module.dropout, module.training) if module.dropout else x
+
+
 class Delta(nn.Module):
     """The function of one site. Its meaning: y = weight(base) x + bias(base). Its fast path: y = base(x) + update.
 
@@ -53,6 +58,10 @@ class Delta(nn.Module):
 
     mergeable: ClassVar[bool] = True  # False: depends on x in more than a linear way, so has no weight
     replaces: ClassVar[bool] = False  # True: forward never reads the base's weight, which need not stay in memory
+    dropout: float = 0.0  # of what the update reads, where the delta asks for drop()
+
+    def drop(self, x: Tensor) -> Tensor:
+        return dropped(x, self)
 
     def weight(self, base: Base) -> Tensor:
         """The effective weight [d_out, d_in]; unless overridden it is the base's."""
@@ -111,6 +120,18 @@ def lost(new: Tensor, old: Tensor) -> float:
     """What the cast of new to old's dtype loses, as a share of |new - old|."""
     change = (new.double() - old.double()).norm()
     return float((new.to(old.dtype).double() - new.double()).norm() / change) if change > 0 else 0.0
+
+
+class Additive(Delta):
+    """W = W0 + B A, which factors() gives."""
+
+    def weight(self, base: Base) -> Tensor:
+        b, a = self.factors()  # type: ignore[misc]
+        return base.weight + b @ a
+
+    def update(self, x: Tensor, base: Base, y: Tensor) -> Tensor:
+        b, a = self.factors()  # type: ignore[misc]
+        return linear(self.drop(x), a, b)
 
 
 class Wrapper(Delta):

@@ -90,8 +90,7 @@ class FramedDelta(Delta):
         return base.weight + self.scalar.s * self.frames(torch.eye(self.d_in, dtype=q.dtype, device=q.device)).T
 
     def update(self, x: Tensor, base: Base, y: Tensor) -> Tensor:
-        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        return self.scalar.s * self.frames(x)
+        return self.scalar.s * self.frames(self.drop(x))
 
 
 @dataclass

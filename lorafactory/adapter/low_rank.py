@@ -7,10 +7,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
-from .delta import linear
+from .delta import dropped, linear
 from .elastic import Elastic
 
 
@@ -84,7 +83,7 @@ class LowRank(Elastic):
         return b @ a
 
     def drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+        return dropped(x, self)
 
     def forward(self, x: Tensor, through: Callable[[Tensor, Tensor, Tensor], Tensor] = linear) -> Tensor:
         """x [..., d_in] -> [..., d_out], through the factors, in their dtype: through(x, A, B), linear in B A."""

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .delta import Delta, linear
+from .delta import Additive, linear
 from .elastic import Elastic
-from .site import Base, Site
+from .site import Site
 
 TOLERANCE = 1e-3  # of a mark, whose numbers are about 1
 
@@ -32,7 +32,7 @@ def mark(u: Tensor, vt: Tensor) -> Tensor:
     return torch.stack([along(u.double().T), along(vt.double())])
 
 
-class Singular(Elastic, Delta):
+class Singular(Elastic, Additive):
     """W = W0 + U C V^T; U [d_out, k] and V^T [k, d_in] the leading singular vectors of W0, S [k] their singular values, all
     frozen; C [k, k], zero at first, is what trains: left() is U C, core(z) is C z.
 
@@ -82,9 +82,6 @@ class Singular(Elastic, Delta):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.left(), self.Vt
-
-    def weight(self, base: Base) -> Tensor:
-        return base.weight + self.left() @ self.Vt
 
     def update(self, x: Tensor, base: Any, y: Tensor) -> Tensor:
         return linear(self.core(linear(x, self.Vt)), self.U)

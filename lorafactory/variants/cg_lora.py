@@ -4,7 +4,6 @@ from typing import List  # noqa: UP035  as in registry
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from ..adapter import Delta, Elastic, Structure, linear
 from ..adapter.ranked import fitting
@@ -101,7 +100,7 @@ class CGDelta(Elastic, Delta):
             x = x if torch.is_autocast_enabled(x.device.type) else x.to(a.dtype)
             z = (x.flatten(1, -2) @ a).unflatten(1, x.shape[1:-1]) if x.dim() > 2 else (x[:, None] @ a)[:, 0]
         u = linear(z, self.scale * self.U)
-        return F.dropout(u, self.dropout, self.training) if self.dropout else u
+        return self.drop(u)
 
 
 def xavier(t: torch.Tensor, d_in: int, d_out: int) -> torch.Tensor:

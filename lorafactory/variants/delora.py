@@ -3,9 +3,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
-from ..adapter import Delta, Elastic, Structure, linear
+from ..adapter import Additive, Elastic, Structure
 from ..adapter.peft import only_linear
 from ..adapter.ranked import fitting
 from ..errors import UserError
@@ -14,7 +13,7 @@ from ..registry import StructureConfig, register
 SMALLEST = 1e-4  # a norm counts for at least this
 
 
-class DeLoRADelta(Elastic, Delta):
+class DeLoRADelta(Elastic, Additive):
     """W = W0 + ((lambda / r) B diag(1 / (|A_k| |B_k|)) A - B0 A0) diag(w), w [d_in] the norms of W0's columns
 
     A [rank, d_in], B [d_out, rank], bound [1], which is lambda, trained. A0, B0: where the product started, with all its
@@ -56,14 +55,6 @@ class DeLoRADelta(Elastic, Delta):
         """A wrapper holds the update at zero: no anchor, and B as A."""
         nn.init.kaiming_uniform_(self.B, a=math.sqrt(5))
         self.A0 = self.B0 = None
-
-    def weight(self, base):
-        b, a = self.factors()
-        return base.weight + b @ a
-
-    def update(self, x, base, y):
-        b, a = self.factors()
-        return linear(F.dropout(x, self.dropout, self.training) if self.dropout else x, a, b)
 
 
 @register("delora")

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..adapter import Delta, Elastic, Structure, linear
+from ..adapter import Additive, Delta, Elastic, Structure, linear
 from ..adapter.ranked import fitting
 from ..registry import StructureConfig, register
 
@@ -38,9 +38,6 @@ class DenseDelta(Elastic, Delta):
     def shapes(self):
         return {"M": ("r", "r")}
 
-    def drop(self, x):
-        return F.dropout(x, self.dropout, self.training) if self.dropout else x
-
     def act(self, x):
         return F.gelu(x)
 
@@ -50,7 +47,7 @@ class DenseDelta(Elastic, Delta):
         return k.scale * self.drop(self.act(linear(code, self.M, k.D)))
 
 
-class LinearDenseDelta(DenseDelta):
+class LinearDenseDelta(DenseDelta, Additive):
     """W = W0 + s D M E"""
 
     mergeable = True
@@ -64,10 +61,6 @@ class LinearDenseDelta(DenseDelta):
     def randomize(self):
         bound = self.coder.d_in**-0.5
         nn.init.uniform_(self.coder.D, -bound, bound)
-
-    def weight(self, base):
-        b, a = self.factors()
-        return base.weight + b @ a
 
 
 @register("denselora")

@@ -4,9 +4,8 @@ from typing import Optional
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
-from ..adapter import Delta, Elastic, Structure, linear
+from ..adapter import Additive, Elastic, Structure, linear
 from ..adapter.ranked import fitting
 from ..errors import UserError
 from ..registry import StructureConfig, register
@@ -32,7 +31,7 @@ class Factors(Elastic):
         return {"U": ("r", self.width), "V": (self.width, "r"), **core, "scale": ()}
 
 
-class FacTDelta(Elastic, Delta):
+class FacTDelta(Elastic, Additive):
     """W = W0 + s (I kron V) S (I kron U): of blocks [d, d], s V S_ij U; down x across of them
 
     S [down rank, across rank] trained, or, with P [rank, down across] trained, S_ij = sum_k P_k,ij C_k"""
@@ -69,16 +68,11 @@ class FacTDelta(Elastic, Delta):
     def randomize(self):
         nn.init.normal_(self.shared.V)
 
-    def weight(self, base):
-        b, a = self.factors()
-        return base.weight + b @ a
-
     def update(self, x, base, y):
         k = self.shared
         z = linear(x.unflatten(-1, (self.across, -1)), k.U).flatten(-2)
         z = linear(z, k.scale * self.cores())
-        z = F.dropout(z, self.dropout, self.training) if self.dropout else z
-        return linear(z.unflatten(-1, (self.down, -1)), k.V).flatten(-2)
+        return linear(self.drop(z).unflatten(-1, (self.down, -1)), k.V).flatten(-2)
 
 
 @register("fact")

@@ -3,7 +3,6 @@ from typing import List, Optional  # noqa: UP035  as in registry
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from .. import linalg
 from ..adapter import Delta, Structure, kronecker
@@ -39,7 +38,7 @@ class KronADelta(Delta):
         return base.weight + torch.kron(self.scale * self.A, self.B)
 
     def update(self, x, base, y):
-        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        x = self.drop(x)
         return kronecker(x, self.scale * self.A, self.B)
 
 

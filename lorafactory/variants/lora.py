@@ -1,4 +1,4 @@
-from ..adapter import Delta, LowRank
+from ..adapter import Additive, LowRank
 from ..adapter.peft import A, B, common
 from ..adapter.ranked import Ranked
 from ..errors import UserError
@@ -7,7 +7,7 @@ from ..registry import register
 STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # of PEFT's: those that leave the base as it is
 
 
-class LoRADelta(Delta):
+class LoRADelta(Additive):
     """W = W0 + s B A"""
 
     def __init__(self, low_rank: LowRank):
@@ -19,9 +19,6 @@ class LoRADelta(Delta):
 
     def randomize(self):
         self.low_rank.randomize()
-
-    def weight(self, base):
-        return base.weight + self.low_rank.product()
 
     def update(self, x, base, y):
         return self.low_rank(x)

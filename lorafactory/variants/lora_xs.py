@@ -3,10 +3,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from .. import linalg
-from ..adapter import Base, Delta, Elastic, linear
+from ..adapter import Additive, Base, Elastic, linear
 from ..adapter.bank import checksum
 from ..adapter.ranked import Ranked, RankedConfig
 from ..errors import UserError
@@ -28,7 +27,7 @@ def triplets(w: torch.Tensor, rank: int, which: str = "top", niter: int = 0) -> 
     return (s * sign[0])[:, None] * vt, u * sign
 
 
-class LoRAXSDelta(Elastic, Delta):
+class LoRAXSDelta(Elastic, Additive):
     """W = W0 + s B R A; R [rank, rank] trained, A [rank, d_in] and B [d_out, rank] frozen and the layer's own"""
 
     base: Base
@@ -86,13 +85,8 @@ class LoRAXSDelta(Elastic, Delta):
     def randomize(self):
         nn.init.normal_(self.R)
 
-    def weight(self, base):
-        b, a = self.factors()
-        return base.weight + b @ a
-
     def update(self, x, base, y):
-        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        return linear(x, self.A, self.scale * self.R, self.B)
+        return linear(self.drop(x), self.A, self.scale * self.R, self.B)
 
 
 @register("lora_xs")

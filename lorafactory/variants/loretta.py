@@ -2,17 +2,16 @@ import math
 from dataclasses import dataclass
 
 import torch.nn as nn
-import torch.nn.functional as F
 
 from .. import linalg
-from ..adapter import Delta, Elastic, linear
+from ..adapter import Additive, Elastic
 from ..adapter.ranked import Ranked, RankedConfig
 from ..registry import register
 
 STARTS = ("normal", "zero")
 
 
-class LoRETTADelta(Elastic, Delta):
+class LoRETTADelta(Elastic, Additive):
     """W = W0 + s B A; A [rank, d_in] and B [d_out, rank] are tensor trains: cores [rho, k_i, rho], trained, of which the
     first and the last have a rho of one, contract to the rank d_in entries of A^T, row by row; so do others to B^T."""
 
@@ -71,14 +70,6 @@ class LoRETTADelta(Elastic, Delta):
 
     def randomize(self):
         self.draw("B", 1 / math.sqrt(self.d_out + self.rank))
-
-    def weight(self, base):
-        b, a = self.factors()
-        return base.weight + b @ a
-
-    def update(self, x, base, y):
-        b, a = self.factors()
-        return linear(F.dropout(x, self.dropout, self.training) if self.dropout else x, a, b)
 
 
 @register("loretta")

@@ -4,7 +4,7 @@ import torch
 import torch.nn as nn
 
 from .. import linalg
-from ..adapter import Delta, Elastic, Structure, linear
+from ..adapter import Additive, Elastic, Structure, linear
 from ..adapter.ranked import fitting
 from ..errors import UserError
 from ..registry import StructureConfig, register
@@ -33,7 +33,7 @@ class Bank(Elastic):
         return {"L": left, "R": right, "scale": (), "L0": left, "R0": right}
 
 
-class LoTRDelta(Elastic, Delta):
+class LoTRDelta(Elastic, Additive):
     """W = W0 + s (L M R - L0 M0 R0); M [rank, rank] the layer's own, trained; the anchor may be missing"""
 
     def __init__(self, bank: Bank):
@@ -57,10 +57,6 @@ class LoTRDelta(Elastic, Delta):
     def randomize(self):
         self.silenced = True
         nn.init.normal_(self.M)
-
-    def weight(self, base):
-        b, a = self.factors()
-        return base.weight + b @ a
 
     def update(self, x, base, y):
         k = self.bank

@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..adapter import Delta, Elastic, Structure, linear
+from ..adapter import Additive, Delta, Elastic, Structure, linear
 from ..adapter.peft import only_linear
 from ..errors import UserError
 from ..registry import StructureConfig, register
@@ -13,7 +13,7 @@ from ..registry import StructureConfig, register
 WEIGHT = "miss_block"  # PEFT's name of D
 
 
-class Shared(Elastic, Delta):
+class Shared(Elastic, Additive):
     """W = W0 + D^T [I I ...]; D [rank, d_out] or, tiled along the outputs, [rank, tile]: trained, 0 at the start"""
 
     def __init__(self, site, rank, tile, dropout):
@@ -35,13 +35,9 @@ class Shared(Elastic, Delta):
     def randomize(self):
         nn.init.normal_(self.D)
 
-    def weight(self, base):
-        b, a = self.factors()
-        return base.weight + b @ a
-
     def update(self, x, base, y):
         # the shards of x, side by side and padded with zeros, added up: then one thin product
-        x, r = F.dropout(x, self.dropout, self.training) if self.dropout else x, len(self.D)
+        x, r = self.drop(x), len(self.D)
         shards = F.pad(x, (0, -self.d_in % r)).unflatten(-1, (-1, r)).sum(-2)
         u = linear(shards, self.D.T)
         return u if self.columns == self.d_out else u.repeat(*[1] * (u.dim() - 1), self.d_out // self.columns)

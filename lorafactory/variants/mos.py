@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..adapter import Delta, Elastic, Structure, linear
+from ..adapter import Additive, Elastic, Structure
 from ..adapter.ranked import fitting
 from ..errors import UserError
 from ..registry import StructureConfig, register
@@ -26,7 +26,7 @@ class Pool(Elastic):
         return {"A": ("n", self.widths[0]), "B": ("n", self.widths[1])}
 
 
-class MoSDelta(Elastic, Delta):
+class MoSDelta(Elastic, Additive):
     """W = W0 + s B A; row j of A [rank, d_in] is the pool's rows A[index_A[j c]], ..., A[index_A[j c + c - 1]] one after
     the other, and so is column j of B [d_out, rank], by index_B
 
@@ -53,14 +53,6 @@ class MoSDelta(Elastic, Delta):
 
     def randomize(self):
         nn.init.uniform_(self.pool.B, -self.pool.bound, self.pool.bound)
-
-    def weight(self, base):
-        b, a = self.factors()
-        return base.weight + b @ a
-
-    def update(self, x, base, y):
-        b, a = self.factors()
-        return linear(F.dropout(x, self.dropout, self.training) if self.dropout else x, a, b)
 
 
 @register("mos")

@@ -2,9 +2,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
-from ..adapter import Delta, Elastic, linear
+from ..adapter import Additive, Elastic, linear
 from ..adapter.ranked import Ranked, RankedConfig
 from ..errors import UserError
 from ..registry import register
@@ -26,7 +25,7 @@ def mixer(start: str, rank: int) -> torch.Tensor:
     return torch.empty(rank, rank).uniform_(-bound, bound)
 
 
-class MoSLoRADelta(Elastic, Delta):
+class MoSLoRADelta(Elastic, Additive):
     """W = W0 + s B M A; A [rank, d_in], M [rank, rank], B [d_out, rank] trained"""
 
     def __init__(self, site, rank: int, scale: float, c):
@@ -52,13 +51,8 @@ class MoSLoRADelta(Elastic, Delta):
         bound = self.d_in**-0.5
         nn.init.uniform_(self.B, -bound, bound)
 
-    def weight(self, base):
-        b, a = self.factors()
-        return base.weight + b @ a
-
     def update(self, x, base, y):
-        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        return linear(x, self.A, self.scale * self.M, self.B)
+        return linear(self.drop(x), self.A, self.scale * self.M, self.B)
 
 
 @register("moslora")

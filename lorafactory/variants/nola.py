@@ -2,10 +2,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..adapter import Delta, Elastic, Structure, linear
+from ..adapter import Additive, Elastic, Structure
 from ..adapter.bank import Bank, BankConfig, uniform
 from ..errors import UserError
 from ..registry import register
@@ -48,7 +47,7 @@ class Bases(Bank):
         return (self.A, self.B) if self.held else tuple(t.to(self.A) for t in self.drawn(len(self.checksum)))
 
 
-class NOLADelta(Elastic, Delta):
+class NOLADelta(Elastic, Additive):
     """W = W0 + s B A, A = A_0 + sum_i a_i A_i [rank, d_in], B = sum_i c_i B_i [d_out, rank]; a and c [k] trained"""
 
     def __init__(self, site, bank: Bases, c):
@@ -83,14 +82,6 @@ class NOLADelta(Elastic, Delta):
 
     def randomize(self):
         nn.init.normal_(self.c)
-
-    def weight(self, base):
-        b, a = self.factors()
-        return base.weight + b @ a
-
-    def update(self, x, base, y):
-        b, a = self.factors()
-        return linear(F.dropout(x, self.dropout, self.training) if self.dropout else x, a, b)
 
 
 @register("nola")

@@ -120,7 +120,7 @@ class QueryableDelta(Elastic, Delta):
         return w
 
     def update(self, x, base, y):
-        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        x = self.drop(x)
         z = linear(x, self.A)
         # sum_k w_k M_k z = [M_1 ... M_K] (w outer z): no operator is formed for each position
         mixed = (self.routed(z)[..., :, None] * z[..., None, :]).flatten(-2)

@@ -4,10 +4,9 @@ from typing import Optional
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..adapter import Delta, Elastic, Structure, linear
+from ..adapter import Additive, Elastic, Structure
 from ..adapter.bank import Bank, BankConfig, uniform
 from ..adapter.peft import common, fit
 from ..errors import UserError
@@ -41,7 +40,7 @@ class Bases(Bank):
         return a, self.entries(generator, self.large, all_terms)
 
 
-class RandLoRADelta(Elastic, Delta):
+class RandLoRADelta(Elastic, Additive):
     """W = W0 + s K where d_out >= d_in, else W0 + s K^T; K [large, small] = sum_j B_j diag(Lambda_:j) A_j diag(Gamma_j:)
 
     Lambda [rank, n] and Gamma [n, small] trained, A and B the bank's: B_j is every n-th of B's first n rank columns."""
@@ -86,14 +85,6 @@ class RandLoRADelta(Elastic, Delta):
 
     def randomize(self):
         nn.init.normal_(self.Lambda)
-
-    def weight(self, base):
-        b, a = self.factors()
-        return base.weight + b @ a
-
-    def update(self, x, base, y):
-        b, a = self.factors()
-        return linear(F.dropout(x, self.dropout, self.training) if self.dropout else x, a, b)
 
 
 @register("randlora")

@@ -3,9 +3,8 @@ from typing import Optional
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
-from ..adapter import Delta, Elastic, Structure, linear
+from ..adapter import Additive, Elastic, Structure, linear
 from ..adapter.ranked import fitting
 from ..errors import UserError
 from ..registry import StructureConfig, register
@@ -24,7 +23,7 @@ class Pool(Elastic):
         return {"A": ("r", self.d_in), "B": (self.d_out, "r")}
 
 
-class RaSADelta(Elastic, Delta):
+class RaSADelta(Elastic, Additive):
     """W = W0 + [B, B_pool] diag(D) [A; A_pool]; A [rank - k, d_in], B [d_out, rank - k], D [rank - k + k layers] trained"""
 
     def __init__(self, pool: Pool, site, ranks: int, c):
@@ -46,12 +45,8 @@ class RaSADelta(Elastic, Delta):
         for b in (self.B, self.pool.B):
             nn.init.uniform_(b, -(self.d_in**-0.5), self.d_in**-0.5)
 
-    def weight(self, base):
-        b, a = self.factors()
-        return base.weight + b @ a
-
     def update(self, x, base, y):
-        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        x = self.drop(x)
         own, pooled = self.D.split([len(self.A), len(self.pool.A)])
         return linear(own * linear(x, self.A), self.B) + linear(pooled * linear(x, self.pool.A), self.pool.B)
 

@@ -6,7 +6,7 @@ from typing import List, Optional  # noqa: UP035  as in registry
 import torch
 import torch.nn as nn
 
-from ..adapter import Delta, Elastic, Structure, linear
+from ..adapter import Additive, Elastic, Structure
 from ..errors import UserError
 from ..registry import StructureConfig, register
 
@@ -69,7 +69,7 @@ class Stack(Elastic):
         nn.init.normal_(self.inputs if self.core is None else self.core)
 
 
-class TensLoRADelta(Delta):
+class TensLoRADelta(Additive):
     """W = W0 + s U^T, U [d_in, d_out] this layer's slice of a tensor that it shares; it owns no number"""
 
     def __init__(self, stack: Stack, place: dict[str, int]):
@@ -81,14 +81,6 @@ class TensLoRADelta(Delta):
 
     def randomize(self):
         self.stack.randomize()
-
-    def weight(self, base):
-        b, a = self.factors()
-        return base.weight + b @ a
-
-    def update(self, x, base, y):
-        b, a = self.factors()
-        return linear(x, a, b)
 
 
 @register("tenslora")

@@ -2,9 +2,8 @@ from dataclasses import dataclass, field
 from typing import List  # noqa: UP035  as in registry
 
 import torch.nn as nn
-import torch.nn.functional as F
 
-from ..adapter import Delta, Elastic, Structure, linear
+from ..adapter import Additive, Elastic, Structure
 from ..adapter.ranked import fitting
 from ..errors import UserError
 from ..registry import StructureConfig, register
@@ -30,7 +29,7 @@ class TiedPair(Elastic):
         return {"A": ("r", self.d_in), "B": (self.d_out, "r")}
 
 
-class TiedLoRADelta(Elastic, Delta):
+class TiedLoRADelta(Elastic, Additive):
     """W = W0 + s diag(v) B diag(u) A; u [rank] and v [d_out] the layer's own, A and B its kind's. What does not train of u
     and v is one, and not there."""
 
@@ -62,14 +61,6 @@ class TiedLoRADelta(Elastic, Delta):
             self.pair.draw(name)
         for p in self.parameters():
             nn.init.normal_(p)
-
-    def weight(self, base):
-        b, a = self.factors()
-        return base.weight + b @ a
-
-    def update(self, x, base, y):
-        b, a = self.factors()
-        return linear(F.dropout(x, self.dropout, self.training) if self.dropout else x, a, b)
 
 
 @register("tied_lora")

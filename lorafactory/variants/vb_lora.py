@@ -7,7 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .. import linalg
-from ..adapter import Delta, Elastic, Structure, linear
+from ..adapter import Additive, Elastic, Structure
 from ..adapter.peft import fit
 from ..errors import UserError
 from ..registry import StructureConfig, register
@@ -27,7 +27,7 @@ class VectorBank(Elastic):
         return {"vectors": ("h", "b")}
 
 
-class VBLoRADelta(Elastic, Delta):
+class VBLoRADelta(Elastic, Additive):
     """W = W0 + B A; each sub-vector of A's rows and of B's columns is a mixture of its top k vectors of the bank
 
     logits_A [rank, d_in / b, h] and logits_B [d_out / b, rank, h] trained; or, compact, index [..., k] of the vectors and
@@ -83,14 +83,6 @@ class VBLoRADelta(Elastic, Delta):
 
     def randomize(self):
         """It starts at random anyway."""
-
-    def weight(self, base):
-        b, a = self.factors()
-        return base.weight + b @ a
-
-    def update(self, x, base, y):
-        b, a = self.factors()
-        return linear(F.dropout(x, self.dropout, self.training) if self.dropout else x, a, b)
 
 
 @register("vb_lora")

@@ -2,9 +2,8 @@ import math
 from dataclasses import dataclass
 
 import torch.nn as nn
-import torch.nn.functional as F
 
-from ..adapter import Delta, Elastic, Structure, linear
+from ..adapter import Additive, Elastic, Structure, linear
 from ..adapter.bank import Bank, BankConfig, uniform
 from ..adapter.peft import fit
 from ..errors import UserError
@@ -25,7 +24,7 @@ class Pair(Bank):
         return a, uniform(generator, self.d_out, rank, bound=math.sqrt(6 / rank))
 
 
-class VeRADelta(Elastic, Delta):
+class VeRADelta(Elastic, Additive):
     """W = W0 + diag(b) B diag(d) A; b [d_out] and d [rank] trained, A and B the bank's"""
 
     def __init__(self, bank: Bank, site, d_initial: float, dropout: float):
@@ -48,13 +47,9 @@ class VeRADelta(Elastic, Delta):
     def randomize(self):
         nn.init.normal_(self.b)
 
-    def weight(self, base):
-        b, a = self.factors()
-        return base.weight + b @ a
-
     def update(self, x, base, y):
         b, a = self.slices()
-        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        x = self.drop(x)
         return self.b * linear(self.d * linear(x, a), b)
 
 
