@@ -162,6 +162,11 @@ class Structure(Part):
     def build(self, site: Site, make: Make) -> Delta | None:
         raise NotImplementedError
 
+    def sharing(self, kind: type, name: str) -> list[tuple[Any, str, str]]:
+        """(delta, its name in a checkpoint, that of the module it refers to as `name`) for all deltas of a kind."""
+        names = {m: n for n, m in self.adapter.named_modules()}
+        return [(m, n, names[getattr(m, name)]) for m, n in names.items() if isinstance(m, kind)]
+
     def one_rank(self, state: dict[str, Tensor], kind: type, name: str, dim: int) -> list[str]:
         """Complains where the tensors of this name have not one length along dim, in all deltas of a kind."""
         found = {n: state[f"{n}.{name}"].shape[dim] for n, m in self.adapter.named_modules() if isinstance(m, kind)}

@@ -165,8 +165,7 @@ class Spectral(Structure):
         return self.adapter.inside(SpectralDelta)
 
     def complaints(self, state: dict[str, Tensor]) -> list[str]:
-        names = {m: n for n, m in self.adapter.named_modules()}
-        pairs = [(f"{names[d]}.{d.own}", names[d.positions]) for d in names if isinstance(d, SpectralDelta)]
+        pairs = [(f"{n}.{d.own}", k) for d, n, k in self.sharing(SpectralDelta, "positions")]
         few = [(d, k) for d, k in pairs if len(state[d]) > len(state[f"{k}.index"])]
         return [f"{d} has more entries than {k}.index has positions" for d, k in few]
 

@@ -107,6 +107,5 @@ class DenseLoRA(Structure):
         return delta(self.coders[site.kind], self.config.dropout)
 
     def complaints(self, state):
-        names = {m: n for n, m in self.adapter.named_modules()}
-        pairs = [(names[d], names[d.coder]) for d in names if isinstance(d, DenseDelta)]
-        return [f"{d}.M has another rank than {k}.E" for d, k in pairs if len(state[f"{d}.M"]) != len(state[f"{k}.E"])]
+        pairs = self.sharing(DenseDelta, "coder")
+        return [f"{d}.M has another rank than {k}.E" for _, d, k in pairs if len(state[f"{d}.M"]) != len(state[f"{k}.E"])]

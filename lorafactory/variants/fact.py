@@ -127,11 +127,12 @@ class FacT(Structure):
         return FacTDelta(self.shared, site, *self.blocks(site), self.total, self.config.dropout)
 
     def complaints(self, state):
-        rank, bad = len(state["structure.shared.U"]), []
-        for n, m in self.adapter.named_modules():
-            if isinstance(m, FacTDelta) and self.shared.C is None:
-                want = [m.down * rank, m.across * rank]
+        bad = []
+        for d, n, k in self.sharing(FacTDelta, "shared"):
+            rank = len(state[f"{k}.U"])
+            if self.shared.C is None:
+                want = [d.down * rank, d.across * rank]
                 bad += [] if list(state[f"{n}.S"].shape) == want else [f"{n}.S is no {want}, as U of rank {rank} needs"]
-            elif isinstance(m, FacTDelta):
+            else:
                 bad += [] if len(state[f"{n}.P"]) == rank else [f"{n}.P has another rank than U, {rank}"]
         return bad

@@ -159,9 +159,8 @@ class LoTR(Structure):
         return {p: {"lr_scale": self.config.factor_lr} for p in shared}
 
     def complaints(self, state):
-        names = {m: n for n, m in self.adapter.named_modules()}
-        pairs = [(names[d], names[d.bank]) for d in names if isinstance(d, LoTRDelta)]
-        bad = [f"{d}.M has another rank than {k}.R" for d, k in pairs if len(state[f"{d}.M"]) != len(state[f"{k}.R"])]
+        pairs = self.sharing(LoTRDelta, "bank")
+        bad = [f"{d}.M has another rank than {k}.R" for _, d, k in pairs if len(state[f"{d}.M"]) != len(state[f"{k}.R"])]
         return bad + [
-            f"{d}.M0 and {k}.R0 go together" for d, k in pairs if (f"{d}.M0" in state) != (f"{k}.R0" in state)
+            f"{d}.M0 and {k}.R0 go together" for _, d, k in pairs if (f"{d}.M0" in state) != (f"{k}.R0" in state)
         ]

@@ -130,9 +130,8 @@ class MoS(Structure):
 
     def complaints(self, state):
         bad = []
-        for name, d in ((n, m) for n, m in self.adapter.named_modules() if isinstance(m, MoSDelta)):
-            where = next(n for n, m in self.adapter.named_modules() if m is d.pool)
-            rows = len(state[f"{where}.A"])
+        for d, name, pool in self.sharing(MoSDelta, "pool"):
+            rows = len(state[f"{pool}.A"])
             for key in ("index_A", "index_B"):
                 index = state[f"{name}.{key}"]
                 if len(index) % d.shards or index.min() < 0 or index.max() >= rows:

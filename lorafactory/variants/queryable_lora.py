@@ -197,6 +197,6 @@ class QueryableLoRA(Structure):
         self.memory.told, self.memory.trail = (read("attention_mask"), given), {}
 
     def complaints(self, state):
-        atoms = {n: state[f"{n}.atoms"].shape[1] for n, m in self.adapter.named_modules() if isinstance(m, Memory)}
-        ranks = {n: len(state[f"{n}.A"]) for n, m in self.adapter.named_modules() if isinstance(m, QueryableDelta)}
-        return [f"{n}.A has rank {r}, the atoms {k}" for n, r in ranks.items() for k in atoms.values() if r != k]
+        found = self.sharing(QueryableDelta, "memory")
+        ranks = [(n, len(state[f"{n}.A"]), state[f"{k}.atoms"].shape[1]) for _, n, k in found]
+        return [f"{n}.A has rank {r}, the atoms {rank}" for n, r, rank in ranks if r != rank]

@@ -187,8 +187,7 @@ class RandLoRA(Structure):
         bank.seal(len(bank.A), bank.A, bank.B)
 
     def complaints(self, state):
-        rank = len(state["structure.bank.checksum"])
-        names = [n for n, m in self.adapter.named_modules() if isinstance(m, RandLoRADelta)]
-        most = -(-self.bank.small // rank)
-        found = {n: list(state[f"{n}.Lambda"].shape) for n in names}
-        return [f"{n}.Lambda is {s}, the bank {rank} by {most}" for n, s in found.items() if s[0] != rank or s[1] > most]
+        found = [(n, list(state[f"{n}.Lambda"].shape), len(state[f"{k}.checksum"]))
+                 for _, n, k in self.sharing(RandLoRADelta, "bank")]  # fmt: skip
+        terms = [(n, s, rank, -(-self.bank.small // rank)) for n, s, rank in found]
+        return [f"{n}.Lambda is {s}, the bank {rank} by {most}" for n, s, rank, most in terms if s[0] != rank or s[1] > most]

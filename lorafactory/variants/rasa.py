@@ -95,10 +95,8 @@ class RaSA(Structure):
         return RaSADelta(self.pools[site.kind], site, rank - self.k, self.config)
 
     def complaints(self, state):
-        names = {m: n for n, m in self.adapter.named_modules()}
-        pairs = [(names[d], names[d.pool]) for d in names if isinstance(d, RaSADelta)]
         return [
             f"{d}.D has another length than {d}.A and {p}.A together"
-            for d, p in pairs
+            for _, d, p in self.sharing(RaSADelta, "pool")
             if len(state[f"{d}.D"]) != len(state[f"{d}.A"]) + len(state[f"{p}.A"])
         ]

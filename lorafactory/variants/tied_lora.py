@@ -120,7 +120,6 @@ class TiedLoRA(Structure):
         return {p: {"lr_scale": self.config.factor_lr} for pair in self.pairs.values() for p in (pair.A, pair.B)}
 
     def complaints(self, state):
-        names = {m: n for n, m in self.adapter.named_modules()}
-        found = [(names[d], names[d.pair]) for d in names if isinstance(d, TiedLoRADelta)]
-        ranks = [(d, len(state[f"{d}.u"]), len(state[f"{k}.A"])) for d, k in found if f"{d}.u" in state]
+        found = self.sharing(TiedLoRADelta, "pair")
+        ranks = [(d, len(state[f"{d}.u"]), len(state[f"{k}.A"])) for _, d, k in found if f"{d}.u" in state]
         return [f"{d}.u has {r} ranks, its pair {rank}" for d, r, rank in ranks if r != rank]

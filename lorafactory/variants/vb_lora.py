@@ -158,9 +158,9 @@ class VBLoRA(Structure):
         return True
 
     def complaints(self, state):
-        h, b = state["structure.bank.vectors"].shape
         bad = []
-        for name, d in ((n, m) for n, m in self.adapter.named_modules() if isinstance(m, VBLoRADelta)):
+        for d, name, bank in self.sharing(VBLoRADelta, "bank"):
+            h, b = state[f"{bank}.vectors"].shape
             got = {n: tuple(state[f"{name}.{n}"].shape) for n in d.shapes() if f"{name}.{n}" in state}
             p, q = (next(got[f"{kind}_{f}"] for kind in ("logits", "index") if f"{kind}_{f}" in got) for f in "AB")
             if p[1] * b != d.d_in or q[0] * b != d.d_out or ("logits_A" in got and p[2] != h):

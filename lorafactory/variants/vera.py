@@ -120,6 +120,6 @@ class VeRA(Structure):
             self.bank.seal(len(self.bank.A), self.bank.A, self.bank.B)
 
     def complaints(self, state):
-        rank = len(state["structure.bank.checksum"])
-        found = {n: len(state[f"{n}.d"]) for n, m in self.adapter.named_modules() if isinstance(m, VeRADelta)}
-        return [f"{n}.d has {r} ranks, the bank {rank}" for n, r in found.items() if r != rank]
+        found = self.sharing(VeRADelta, "bank")
+        ranks = [(n, len(state[f"{n}.d"]), len(state[f"{k}.checksum"])) for _, n, k in found]
+        return [f"{n}.d has {r} ranks, the bank {rank}" for n, r, rank in ranks if r != rank]
