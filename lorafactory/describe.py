@@ -9,7 +9,7 @@ from dataclasses import fields
 from typing import Any
 
 from . import registry
-from .adapter.site import Base, is_linear
+from .adapter.site import Base, is_linear, role
 from .attach import Adapted
 from .errors import UserError
 from .targets import head_modules, inside, tied
@@ -77,11 +77,10 @@ def linear_layers(model: Any) -> list[dict[str, Any]]:
     for name, m in model.named_modules():
         if not is_linear(m):
             continue
-        role = ".".join("*" if part.isdigit() else part for part in name.split("."))
-        shape = tuple(Base(m).weight.shape)
+        place, shape = role(name), tuple(Base(m).weight.shape)
         note = "head, trained whole" if inside(name, heads) else "shares its weight" if m in shared else ""
-        row = {"role": role, "d_out": shape[0], "d_in": shape[1], "layer": type(m).__name__, "count": 0, "note": note}
-        found.setdefault((role, shape), row)["count"] += 1
+        row = {"role": place, "d_out": shape[0], "d_in": shape[1], "layer": type(m).__name__, "count": 0, "note": note}
+        found.setdefault((place, shape), row)["count"] += 1
     return list(found.values())
 
 

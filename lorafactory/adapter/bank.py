@@ -27,9 +27,9 @@ def uniform(generator: torch.Generator, *shape: int, bound: float) -> Tensor:
     return (2 * torch.rand(*shape, generator=generator) - 1) * bound
 
 
-def checksum(rank: int, a: Tensor, b: Tensor) -> Tensor:
-    """[rank] integers that tell every bit and its place."""
-    rows = torch.cat([t.cpu().reshape(rank, -1) for t in (a, b.mT)], 1)
+def checksum(rank: int, *tensors: Tensor) -> Tensor:
+    """[rank] integers that tell every bit and its place; of each tensor's equal parts, the k-th makes the k-th integer."""
+    rows = torch.cat([t.cpu().reshape(rank, -1) for t in tensors], 1)
     bits = rows.float().contiguous().view(torch.int32).long()
     return (bits * torch.arange(1, bits.shape[1] + 1)).sum(1)
 
@@ -66,7 +66,7 @@ class Bank(Elastic):
         self.A, self.B = a.to(self.A), b.to(self.B)
 
     def seal(self, rank: int, a: Tensor, b: Tensor) -> None:
-        self.checksum = checksum(rank, a, b).to(self.A.device)
+        self.checksum = checksum(rank, a, b.mT).to(self.A.device)
 
     def shapes(self) -> dict[str, tuple[int | str, ...]]:
         free = {name: tuple(f"{name}{i}" for i in range(getattr(self, name).dim())) for name in ("A", "B")}
@@ -82,7 +82,7 @@ class Bank(Elastic):
                 if saved[name].shape != here.shape:
                     return [f"{name} is {list(saved[name].shape)}, not {list(here.shape)}"]
             a, b = saved["A"], saved["B"]
-        if torch.equal(checksum(rank, a, b), saved["checksum"].cpu()):
+        if torch.equal(checksum(rank, a, b.mT), saved["checksum"].cpu()):
             return []
         if self.kept:
             return ["checksum is not that of A and B: the file is damaged"]

@@ -37,6 +37,11 @@ def has_parameters(module: nn.Module) -> bool:
     return any(p is not None for p in module._parameters.values())
 
 
+def role(name: str) -> str:
+    """A module's name, the numbers of blocks left out: `layer.*.query`."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
 class Base:
     """A view, not a copy, of a module: weight [d_out, d_in], bias [d_out] or None; calling it runs the module. A weight
     of 4 bits is decoded each time it is read."""
@@ -96,11 +101,14 @@ class Site:
         return self.name.replace(".", "/")
 
     @property
+    def sizes(self) -> str:
+        """The shape, as a ModuleDict allows it: what layers that share a whole matrix have in common."""
+        return f"{self.d_out}x{self.d_in}"
+
+    @property
     def kind(self) -> str:
-        """What the same module of every block has in common, as a ModuleDict allows it: the name, the blocks' numbers left
-        out, and the shape."""
-        parts = ["*" if part.isdigit() else part for part in self.name.split(".")]
-        return "/".join([*parts, f"{self.d_out}x{self.d_in}"])
+        """What the same module of every block has in common, as a ModuleDict allows it: role and shape."""
+        return f"{role(self.name)}/{self.sizes}".replace(".", "/")
 
     def new(self, *shape: int, fill: float = 0.0) -> Tensor:
         """A tensor for the adapter: float32 or the base's wider dtype, on the layer's device."""

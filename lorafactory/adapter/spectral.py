@@ -154,12 +154,9 @@ class Spectral(Structure):
             n, size = self.n[s.name], s.d_out * s.d_in
             if n > size:
                 raise UserError(f"n is {n}; {s.name} [{s.d_out}, {s.d_in}] has {size} entries: at most that many")
-            most = max(self.n[t.name] for t in adapter.sites if t.base.shape == s.base.shape)
-            if self.key(s) not in self.positions:
-                self.positions[self.key(s)] = Positions(size, most, config.position_seed, s.new().device)
-
-    def key(self, site: Site) -> str:
-        return f"{site.d_out}x{site.d_in}"
+            if s.sizes not in self.positions:
+                most = max(self.n[t.name] for t in adapter.sites if t.sizes == s.sizes)
+                self.positions[s.sizes] = Positions(size, most, config.position_seed, s.new().device)
 
     def found(self) -> Iterator[tuple[Site, Any]]:
         return self.adapter.inside(SpectralDelta)

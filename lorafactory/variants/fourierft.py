@@ -56,7 +56,7 @@ class FourierFT(Spectral):
             self.check_choices(start=STARTS)
 
     def build(self, site, make):
-        delta = FourierFTDelta(self.positions[self.key(site)], site, self.n[site.name], self.config.scale)
+        delta = FourierFTDelta(self.positions[site.sizes], site, self.n[site.name], self.config.scale)
         if self.config.start == "normal":
             nn.init.normal_(delta.c)
         return delta

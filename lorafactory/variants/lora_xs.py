@@ -63,14 +63,15 @@ class LoRAXSDelta(Elastic, Additive):
     def hold(self, rank: int):
         self.A, self.B = (t.contiguous() for t in self.drawn(rank))
         if not self.c.save_factors:
-            self.checksum = checksum(rank, self.A, self.B).to(self.A.device)
+            self.checksum = checksum(rank, self.A, self.B.mT).to(self.A.device)
 
     def complaints(self, saved):
         bad = super().complaints(saved)
         if bad or self.c.save_factors:
             return bad
         rank = len(saved["R"])
-        if torch.equal(checksum(rank, *self.drawn(rank)), saved["checksum"].cpu()):
+        a, b = self.drawn(rank)
+        if torch.equal(checksum(rank, a, b.mT), saved["checksum"].cpu()):
             return []
         return ["checksum: the SVD of the weight is another one on this machine: train with save_factors=true"]
 

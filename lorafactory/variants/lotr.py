@@ -124,7 +124,7 @@ class LoTR(Structure):
                 self.banks[self.key(s)] = Bank(s, config.rank, config.alpha / config.rank, config.factor_std)
 
     def key(self, site) -> str:
-        return f"{site.d_out}x{site.d_in}" if self.config.group_by == "shape" else site.kind
+        return site.sizes if self.config.group_by == "shape" else site.kind
 
     def build(self, site, make):
         return LoTRDelta(self.banks[self.key(site)])

@@ -1,4 +1,5 @@
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import List, Optional  # noqa: UP035  as in registry
@@ -7,6 +8,7 @@ import torch
 import torch.nn as nn
 
 from ..adapter import Additive, Elastic, Structure
+from ..adapter.site import role
 from ..errors import UserError
 from ..registry import StructureConfig, register
 
@@ -101,6 +103,7 @@ class TensLoRA(Structure):
     paper = "TensLoRA, arXiv 2509.19391"
     gives = frozenset({"additive", "weight"})
     does = frozenset({"shares every number"})
+    layers: dict[str, int]
     places: dict[str, tuple[str, dict[str, int]]]
 
     @dataclass
@@ -133,6 +136,11 @@ class TensLoRA(Structure):
 
     def __init__(self, config, adapter):
         super().__init__(config, adapter)
+        met: Counter[str] = Counter()
+        self.__dict__["layers"] = {}
+        for s in adapter.sites:
+            self.layers[s.name] = met[role(s.name)]
+            met[role(s.name)] += 1
         groups: dict[str, list] = {}
         for s in adapter.sites:
             groups.setdefault(self.group(s), []).append(s)
@@ -142,18 +150,18 @@ class TensLoRA(Structure):
             self.join(key, members)
 
     def projection(self, site) -> str:
-        return "/".join("*" if part.isdigit() else part for part in site.name.split("."))
+        return role(site.name).replace(".", "/")
 
     def layer(self, site) -> int:
         """Among the layers of its projection."""
-        return [s.name for s in self.adapter.sites if self.projection(s) == self.projection(site)].index(site.name)
+        return self.layers[site.name]
 
     def group(self, site) -> str:
         """The tensor's name."""
         words = self.config.mode.split("_")
         own = [] if "qkv" in words else [self.projection(site)]
         own += [] if "depth" in words else [str(self.layer(site))]
-        own += [f"{site.d_out}x{site.d_in}"] if self.config.per_shape else []
+        own += [site.sizes] if self.config.per_shape else []
         return "-".join(own) or "all"
 
     def join(self, key, members):

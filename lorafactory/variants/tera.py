@@ -6,6 +6,7 @@ import torch.nn as nn
 
 from .. import linalg
 from ..adapter import Delta, Structure, linear
+from ..adapter.bank import checksum, uniform
 from ..errors import UserError
 from ..registry import StructureConfig, register
 
@@ -41,16 +42,11 @@ class Network(nn.Module):
             *zip(rows + columns, ranks, strict=True),
         ]
         bounds = [math.sqrt(3 / n) for n in (site.d_in, *ranks)]
-        drawn = [(2 * torch.rand(*s, generator=g) - 1) * b for s, b in zip(shapes, bounds, strict=True)]
+        drawn = [uniform(g, *s, bound=b) for s, b in zip(shapes, bounds, strict=True)]
         self.names = ["core", *(f"factor{i}" for i in range(len(ranks)))]
         for name, t in zip(self.names, drawn, strict=True):
             self.register_buffer(name, t.to(site.new()), persistent=c.save_network)
-        self.register_buffer("checksum", self.sum(drawn).to(site.new().device))
-
-    def sum(self, tensors):
-        """[1] integer that tells every bit and its place."""
-        bits = torch.cat([t.cpu().float().flatten() for t in tensors]).view(torch.int32).long()
-        return (bits * torch.arange(1, len(bits) + 1)).sum()[None]
+        self.register_buffer("checksum", checksum(1, *drawn).to(site.new().device))
 
     def factors(self):
         return [getattr(self, name) for name in self.names[1:]]
@@ -58,7 +54,7 @@ class Network(nn.Module):
     def complaint(self, name, state):
         saved = state[f"{name}.checksum"].cpu()
         if self.kept:
-            same = torch.equal(self.sum([state[f"{name}.{n}"] for n in self.names]), saved)
+            same = torch.equal(checksum(1, *(state[f"{name}.{n}"] for n in self.names)), saved)
             return [] if same else [f"{name}.checksum is not that of its tensors: the file is damaged"]
         told = f"network_seed {self.seed} draws another network here (another torch?): train with save_network=true"
         return [] if torch.equal(self.checksum.cpu(), saved) else [f"{name}.checksum: {told}"]
@@ -140,14 +136,11 @@ class TeRA(Structure):
         super().__init__(config, adapter)
         self.networks = nn.ModuleDict()
         for s in adapter.sites:
-            if self.key(s) not in self.networks:
-                self.networks[self.key(s)] = Network(s, config)
-
-    def key(self, site) -> str:
-        return f"{site.d_out}x{site.d_in}"
+            if s.sizes not in self.networks:
+                self.networks[s.sizes] = Network(s, config)
 
     def build(self, site, make):
-        return TeRADelta(self.networks[self.key(site)], site, self.config)
+        return TeRADelta(self.networks[site.sizes], site, self.config)
 
     def complaints(self, state):
         return [bad for key, k in self.networks.items() for bad in k.complaint(f"structure.networks.{key}", state)]

@@ -116,7 +116,7 @@ class WaveFT(Spectral):
 
     def build(self, site, make):
         c = self.config
-        return WaveFTDelta(self.positions[self.key(site)], site, self.n[site.name], c.scale, c.wavelet)
+        return WaveFTDelta(self.positions[site.sizes], site, self.n[site.name], c.scale, c.wavelet)
 
     def to_peft(self, out):
         super().to_peft(out)

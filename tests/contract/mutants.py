@@ -204,7 +204,7 @@ MUTANTS = [  # file, what stands there, what stands there instead, where
     ("variants/tera.py", "before *= f.shape[0]", "before *= f.shape[1]", "@tera"),
     ("variants/tera.py", "if torch.equal(self.checksum.cpu(), saved)", "if True", "@tera"),
     ("variants/vera.py", 'self.__dict__["bank"] = bank', "self.bank = bank", "vera vera+dora"),
-    ("adapter/bank.py", 'if torch.equal(checksum(rank, a, b), saved["checksum"].cpu()):', "if True:", "@vera"),
+    ("adapter/bank.py", 'if torch.equal(checksum(rank, a, b.mT), saved["checksum"].cpu()):', "if True:", "@vera"),
     ("adapter/bank.py", "generator=generator", "generator=None", "@vera"),
 ]
 # fmt: on
