@@ -167,6 +167,22 @@ def linear_sites(adapted: Adapted) -> Iterator[tuple[Any, Any]]:
             yield s, adapted.adapter.deltas[s.key]
 
 
+def updates(adapted: Adapted) -> list[Tensor]:
+    """W - W0 of every adapted linear layer."""
+    return [(d.weight(s.base) - s.base.weight).detach() for s, d in linear_sites(adapted)]
+
+
+def trained(spelling: str, size: float, transposed: bool = False, **options: Any) -> Adapted:
+    """Away from its start, by six steps and then at random."""
+    torch.manual_seed(0)
+    base = Net(transposed)
+    data = Regression(base)
+    adapted = attached(spelling, base, data, **options)
+    train(adapted, data, adapted.optimizer(adamw, 6), steps=6)
+    perturb(adapted.adapter, size)
+    return adapted
+
+
 # what a variant's own test file tells the tests that run over all variants
 
 
@@ -174,7 +190,6 @@ def linear_sites(adapted: Adapted) -> Iterator[tuple[Any, Any]]:
 def told(name: str) -> Any:
     """tests/variants/test_<name>.py, which may hold
     SMALL    {option: value}: under these the method acts within a few steps on 24 dimensions
-    NARROW   {option: value}: where its defaults are too large for a layer [32, 64]
     FINE     {option: value}: under these a small change of what trains is a small update
     TOTAL    the ranks of a layer's pairs together, as a multiple of the option `rank`, where that is not 1
     TALL     how many outputs a pair has for each of its layer's, where that is not 1

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import on_linear, told
+from support import on_linear
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lorafactory import attach, load, models, registry, tiny
@@ -52,8 +52,7 @@ def test_a_variant_over_four_bits(folder, name, tmp_path):
     with torch.no_grad():
         own = model(**batch()).logits
     batches = [batch(i) for i in range(8)]
-    narrow = getattr(told(name), "NARROW", {})
-    adapted = attach(model, name, seed=0, target_modules="all-linear", batches=batches, **narrow)
+    adapted = attach(model, name, seed=0, target_modules="all-linear", batches=batches)
     linear = [s for s in adapted.adapter.sites if s.is_linear]
     assert len(linear) == 14 and all(is_quantized(s.base.module) for s in linear)
     assert {(s.d_out, s.d_in) for s in linear} == {(64, 64), (32, 64), (128, 64), (64, 128)}

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from support import Net, close, linear_sites, perturb, roberta_base
+from support import Net, close, linear_sites, perturb, roberta_base, updates
 
 from lorafactory import UserError, attach, registry
 
@@ -12,10 +12,6 @@ TALL = 2  # arms, by default
 SMALL = {"alpha": 8.0}  # both arms of B learn, so half of what else would do
 CHANGES = {"partition": (["input"], {})}
 TARGETS = {"target_modules": ["fc1", "fc2", "fc3"], "trained_modules": []}
-
-
-def updates(adapted):
-    return [(d.weight(s.base) - s.base.weight).detach() for s, d in linear_sites(adapted)]
 
 
 def pair(d):

@@ -5,21 +5,11 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
-from support import Net, Regression, attached, close, linear_sites, perturb, train
+from support import Net, Regression, attached, close, linear_sites, perturb, trained
 
 from lorafactory import attach
 
 OVER = ("bora", "vera+bora", "loha+bora", "shira+bora", "full+bora", "bora+pissa")
-
-
-def trained(spelling, **options):
-    torch.manual_seed(0)
-    base = Net(transposed=options.pop("transposed", False))
-    data = Regression(base)
-    adapted = attached(spelling, base, data, **options)
-    train(adapted, data, adapted.optimizer(lambda g: torch.optim.AdamW(g, lr=5e-3), 6), steps=6)
-    perturb(adapted.adapter, 0.3)
-    return adapted
 
 
 def one(weight, **options):
@@ -58,7 +48,7 @@ def test_starts_at_the_base(spelling, transposed, columns_first):
 @pytest.mark.parametrize("columns_first", [False, True])
 @pytest.mark.parametrize("spelling", OVER)
 def test_the_side_that_comes_last_has_its_lengths(spelling, columns_first):
-    adapted = trained(spelling, transposed=columns_first, decomposition={"columns_first": columns_first})
+    adapted = trained(spelling, 0.3, transposed=columns_first, decomposition={"columns_first": columns_first})
     for site, d in linear_sites(adapted):
         v, w = d.inner.weight(site.base), d.weight(site.base)
         if columns_first:
@@ -154,7 +144,7 @@ def test_count_and_decay():
 
 
 def test_merge():
-    adapted = trained("bora").eval()
+    adapted = trained("bora", 0.3).eval()
     x = torch.randn(5, 24)
     y, before = adapted(x).detach(), copy.deepcopy(adapted.model.state_dict())
     adapted.merge()

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from support import Net, close, linear_sites, perturb, roberta_base
+from support import Net, close, linear_sites, perturb, roberta_base, updates
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorafactory import UserError, attach
@@ -14,10 +14,6 @@ from lorafactory.variants.c3a import C3ADelta
 FINE = {"start": "zero"}
 CHANGES = {"block_size": ([4], {}), "block_pattern": ([{"fc1": 2}], {}), "start": (["zero"], {})}
 TARGETS = {"target_modules": ["fc1", "fc2", "fc3"], "trained_modules": []}
-
-
-def updates(adapted):
-    return [(d.weight(s.base) - s.base.weight).detach() for s, d in linear_sites(adapted)]
 
 
 def test_equation_by_hand():

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from support import Net, close, linear_sites, perturb
+from support import Net, close, linear_sites, perturb, updates
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import ViTConfig, ViTForImageClassification
 
@@ -12,10 +12,6 @@ from lorafactory import UserError, attach
 
 CHANGES = {"form": (["tk"], {}), "width": ([4], {})}
 TARGETS = {"target_modules": ["fc1", "fc2", "fc3"], "trained_modules": []}
-
-
-def updates(adapted):
-    return [(d.weight(s.base) - s.base.weight).detach() for s, d in linear_sites(adapted)]
 
 
 def shared(adapted):

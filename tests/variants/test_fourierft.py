@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from support import Net, close, linear_sites, perturb, roberta_base
+from support import Net, close, perturb, roberta_base, updates
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorafactory import UserError, attach
@@ -16,10 +16,6 @@ SMALL = {"n": 100, "scale": 20.0}
 FINE = {"start": "zero"}
 CHANGES = {"start": (["zero"], {}), "position_seed": ([1], {})}
 TARGETS = {"target_modules": ["fc1", "fc2", "fc3"], "trained_modules": []}
-
-
-def updates(adapted):
-    return [(d.weight(s.base) - s.base.weight).detach() for s, d in linear_sites(adapted)]
 
 
 def put(adapted, entries, d_in):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from support import Net, cloned, close, linear_sites, perturb, roberta_base
+from support import Net, cloned, close, linear_sites, perturb, roberta_base, updates
 
 from lorafactory import UserError, attach, export_peft, load
 from lorafactory.adapter import kronecker
@@ -20,10 +20,6 @@ CHANGES = {
 }
 TARGETS = {"target_modules": ["fc1", "fc2", "fc3"], "trained_modules": []}
 FORMS = [{"rank": 2}, {"rank": 2, "decompose_both": True}, {"rank": 20}, {"rank": 3, "decompose_factor": 2}]
-
-
-def updates(adapted):
-    return [(d.weight(s.base) - s.base.weight).detach() for s, d in linear_sites(adapted)]
 
 
 def test_equation_by_hand():

@@ -5,23 +5,13 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
-from support import Net, Regression, attached, close, linear_sites, perturb, train
+from support import Net, Regression, attached, close, linear_sites, perturb, trained
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorafactory import UserError, attach, registry
 
 OVER = ("map", "vera+map", "loha+map", "lotr+map", "miss+map", "map+pissa")
 ADDITIVE = [n for n in registry.names("structure") if "additive" in registry.get(n).gives]
-
-
-def trained(spelling, **options):
-    torch.manual_seed(0)
-    base = Net(transposed=options.pop("transposed", False))
-    data = Regression(base)
-    adapted = attached(spelling, base, data, **options)
-    train(adapted, data, adapted.optimizer(lambda g: torch.optim.AdamW(g, lr=5e-3), 6), steps=6)
-    perturb(adapted.adapter, 0.5)
-    return adapted
 
 
 def test_equation_by_hand():
@@ -59,7 +49,7 @@ def test_starts_at_the_base_with_a_direction(structure, transposed):
 @pytest.mark.parametrize("spelling", OVER)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_the_parts_have_the_lengths_a_and_b(spelling, transposed):
-    adapted = trained(spelling, transposed=transposed)
+    adapted = trained(spelling, 0.5, transposed=transposed)
     for site, d in linear_sites(adapted):
         b, a = d.inner.factors()
         assert close(d.norm(), (b @ a).norm()[None]), "from Gram matrices"
@@ -73,7 +63,7 @@ def test_the_parts_have_the_lengths_a_and_b(spelling, transposed):
 
 
 def test_length_of_the_update_does_not_matter():
-    adapted = trained("map")
+    adapted = trained("map", 0.5)
     for site, d in linear_sites(adapted):
         before = d.weight(site.base).detach()
         with torch.no_grad():
@@ -148,7 +138,7 @@ def test_counts_on_llama_7b():
 
 
 def test_merge_is_exact_and_kept():
-    adapted = trained("map").eval()
+    adapted = trained("map", 0.5).eval()
     x = torch.randn(5, 24)
     y, before = adapted(x).detach(), copy.deepcopy(adapted.model.state_dict())
     adapted.merge()

@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from support import Net, close, linear_sites, perturb, roberta_base
+from support import Net, close, linear_sites, perturb, roberta_base, updates
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorafactory import UserError, attach, load
@@ -23,10 +23,6 @@ TARGETS = {"target_modules": ["fc1", "fc2", "fc3"], "trained_modules": []}
 
 def bank_of(adapted):
     return adapted.adapter.structure.bank
-
-
-def updates(adapted):
-    return [(d.weight(s.base) - s.base.weight).detach() for s, d in linear_sites(adapted)]
 
 
 def put(adapted, name, *values):

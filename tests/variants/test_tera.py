@@ -5,17 +5,13 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from support import Net, close, linear_sites, perturb, roberta_base
+from support import Net, close, linear_sites, perturb, roberta_base, updates
 
 from lorafactory import UserError, attach
 from lorafactory.variants.tera import modes
 
 CHANGES = {"zero": (["first"], {}), "order": ([3], {}), "ratio": ([0.5], {}), "network_seed": ([1], {})}
 TARGETS = {"target_modules": ["fc1", "fc2", "fc3"], "trained_modules": []}
-
-
-def updates(adapted):
-    return [(d.weight(s.base) - s.base.weight).detach() for s, d in linear_sites(adapted)]
 
 
 def test_equation_by_hand():

@@ -4,20 +4,15 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from support import Net, close, linear_sites, perturb, roberta_base
+from support import Net, close, linear_sites, perturb, roberta_base, updates
 
 from lorafactory import UserError, attach
 from lorafactory.adapter import spectral
 from lorafactory.variants.waveft import analysis, filters, synthesis
 
 SMALL = {"n": 100, "scale": 5.0}
-NARROW = {"n": 1000}
 CHANGES = {"position_seed": ([1], {}), "wavelet": (["db2"], {})}
 TARGETS = {"target_modules": ["fc1", "fc2", "fc3"], "trained_modules": []}
-
-
-def updates(adapted):
-    return [(d.weight(s.base) - s.base.weight).detach() for s, d in linear_sites(adapted)]
 
 
 def put(adapted, entries, d_in):
