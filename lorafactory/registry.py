@@ -46,11 +46,20 @@ class Named:
     def check(self) -> None:
         """Refuse values that make no sense: a variant's Config overrides this and raises UserError."""
 
+    def given(self, *names: str) -> Iterable[tuple[str, Any]]:
+        """(what it is called, its value) of options that are not null, and of each entry of a pattern."""
+        for name in names:
+            value = getattr(self, name)
+            if isinstance(value, dict):
+                yield from ((f"{name} {key!r}", entry) for key, entry in value.items())
+            elif value is not None:
+                yield name, value
+
     def check_least(self, least: int, *names: str) -> None:
         """Refuse options below `least`."""
-        for name in names:
-            if getattr(self, name) < least:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        for what, value in self.given(*names):
+            if value < least:
+                raise UserError(f"{what} is {value}; it must be at least {least}")
 
     def check_shares(self, *names: str) -> None:
         """Refuse options that are no share, from 0 to below 1."""
@@ -66,9 +75,9 @@ class Named:
 
     def check_not_zero(self, *names: str) -> None:
         """Refuse 0 for what multiplies the update."""
-        for name in names:
-            if getattr(self, name) == 0:
-                raise UserError(f"{name} is 0: the update would be zero for ever")
+        for what, value in self.given(*names):
+            if value == 0:
+                raise UserError(f"{what} is 0: the update would be zero for ever")
 
     def check_seeds(self, *names: str) -> None:
         """Refuse what no generator takes."""

@@ -28,13 +28,9 @@ class RankedConfig(StructureConfig):
     alpha_pattern: Dict[str, float] = field(default_factory=dict)  # noqa: UP006
 
     def check(self) -> None:
-        for what, rank in (("rank", self.rank), *((f"rank_pattern {k!r}", v) for k, v in self.rank_pattern.items())):
-            if rank < 1:
-                raise UserError(f"{what} is {rank}; it must be at least 1")
+        self.check_least(1, "rank", "rank_pattern")
         self.check_shares("dropout")
-        for what, alpha in (("alpha", self.alpha), *((f"alpha_pattern {k!r}", v) for k, v in self.alpha_pattern.items())):
-            if alpha == 0:
-                raise UserError(f"{what} is 0: the update would be zero for ever")
+        self.check_not_zero("alpha", "alpha_pattern")
 
 
 def fitting(rank: int, most: int, site: Site) -> int:

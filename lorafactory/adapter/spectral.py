@@ -34,9 +34,7 @@ class SpectralConfig(StructureConfig):
     n_pattern: Dict[str, int] = field(default_factory=dict)  # noqa: UP006
 
     def check(self) -> None:
-        for what, n in (("n", self.n), *((f"n_pattern {k!r}", v) for k, v in self.n_pattern.items())):
-            if n < 1:
-                raise UserError(f"{what} is {n}; it must be at least 1")
+        self.check_least(1, "n", "n_pattern")
         self.check_not_zero("scale")
         self.check_seeds("position_seed")
 

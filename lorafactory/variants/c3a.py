@@ -87,10 +87,7 @@ class C3A(Structure):
         start: str = "xavier"
 
         def check(self):
-            sizes = {"block_size": self.block_size} | {f"block_pattern {k!r}": b for k, b in self.block_pattern.items()}
-            for what, b in sizes.items():
-                if b is not None and b < 1:
-                    raise UserError(f"{what} is {b}; it must be at least 1")
+            self.check_least(1, "block_size", "block_pattern")
             self.check_choices(start=STARTS)
 
     def __init__(self, config, adapter):

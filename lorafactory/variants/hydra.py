@@ -86,10 +86,9 @@ class Hydra(Ranked):
         def check(self):
             super().check()
             self.check_choices(branches=BRANCHES)
-            if self.sequential_rank is not None:
-                self.check_least(1, "sequential_rank")
-                if self.branches != "both":
-                    raise UserError(f"sequential_rank tells two branches apart, branches is {self.branches}: use rank")
+            self.check_least(1, "sequential_rank")
+            if self.sequential_rank is not None and self.branches != "both":
+                raise UserError(f"sequential_rank tells two branches apart, branches is {self.branches}: use rank")
 
         def gives(self):  # the biases do not follow a rank that changes
             return self.owner.gives - ({"low_rank"} if self.branch_bias else set())

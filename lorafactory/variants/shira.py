@@ -77,10 +77,9 @@ class SHiRA(Structure):
             self.check_least(0, "mask_offset")
             if self.mask_offset and self.mask_type == "random":
                 raise UserError(f"mask_offset is {self.mask_offset}, of no effect on a random mask: it takes another seed")
-            if self.mask_batches is not None:
-                self.check_least(1, "mask_batches")
-                if self.mask_type not in LEARNT:
-                    raise UserError(f"mask_batches is {self.mask_batches}, of no effect on mask_type={self.mask_type}")
+            self.check_least(1, "mask_batches")
+            if self.mask_batches is not None and self.mask_type not in LEARNT:
+                raise UserError(f"mask_batches is {self.mask_batches}, of no effect on mask_type={self.mask_type}")
 
     def __init__(self, config, adapter):
         super().__init__(config, adapter)

@@ -110,12 +110,9 @@ class SVFT(Structure):
 
         def check(self):
             self.check_choices(pattern=PATTERNS, start=STARTS)
-            if self.band is not None:
-                self.check_least(1, "band")
-                if self.pattern == "plain":
-                    raise UserError(f"band is {self.band}, of no effect on pattern=plain")
-            if self.triplets is not None:
-                self.check_least(1, "triplets")
+            self.check_least(1, "band", "triplets")
+            if self.band is not None and self.pattern == "plain":
+                raise UserError(f"band is {self.band}, of no effect on pattern=plain")
 
     def build(self, site, make):
         k, c = min(site.d_out, site.d_in), self.config

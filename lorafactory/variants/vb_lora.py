@@ -118,11 +118,9 @@ class VBLoRA(Structure):
         dropout: float = 0.0
 
         def check(self):
-            self.check_least(1, "rank", "num_vectors", "top_k")
+            self.check_least(1, "rank", "num_vectors", "top_k", "vector_length")
             self.check_least(0, "logits_std", "logits_lr")
             self.check_shares("dropout")
-            if self.vector_length is not None:
-                self.check_least(1, "vector_length")
             if self.bound <= 0:
                 raise UserError(f"bound is {self.bound}; it must be positive")
             if self.top_k > self.num_vectors:
