@@ -184,7 +184,9 @@ def test_B52_the_solutions_of_humaneval_pass_and_empty_ones_do_not(right, data):
 def test_nothing_outlives_the_caller(how):
     """Ctrl-C and kill, while a program sleeps that has ten minutes."""
     source = """if True:
+        import signal
         from lorafactory.tasks.sandbox import *
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background ignore it
         print(available(), flush=True)
         run(["import time; time.sleep(600)"] * 3, Limits(seconds=600), 1)"""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
