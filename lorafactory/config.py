@@ -99,11 +99,14 @@ class WandbConfig:
 
 @dataclass
 class RunConfig:
+    """kernels: auto, reference, eager or triton: which implementation of kernels.* runs, see docs/kernels.md."""
+
     model: ModelConfig = MISSING
     task: tasks.Task.Config = MISSING
     variant: registry.StructureConfig = MISSING
     train: TrainConfig = field(default_factory=TrainConfig)
     seed: int = 0
+    kernels: str = "auto"
     results: ResultsConfig = field(default_factory=ResultsConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from . import kernels
 from .attach import Adapted
 from .shard import is_sharded
 
@@ -25,13 +26,14 @@ def predict(adapted: Adapted, task: Any, split: str, batch_size: int, accelerato
     own, most = len(batches), math.ceil(math.ceil(len(order) / accelerator.num_processes) / batch_size)
     if is_sharded(adapted.model):  # it runs as often in every process, or one would wait for ever
         batches += [list(order[:1])] * (most - own)
-    for k, index in enumerate(batches):
-        batch = to_device(task.collate([rows[i] for i in index]), accelerator.device)
-        adapted.adapter.before_forward(batch)
-        with accelerator.autocast():
-            predicted = task.predict(adapted, batch)
-        if k < own:
-            found += zip(index, predicted, strict=True)
+    with kernels.still():
+        for k, index in enumerate(batches):
+            batch = to_device(task.collate([rows[i] for i in index]), accelerator.device)
+            adapted.adapter.before_forward(batch)
+            with accelerator.autocast():
+                predicted = task.predict(adapted, batch)
+            if k < own:
+                found += zip(index, predicted, strict=True)
     adapted.train(mode)
     if accelerator.num_processes > 1:
         found = gather_object(found)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from . import kernels
 from .adapter import Adapter, Step
 from .errors import UserError
 
@@ -45,6 +46,7 @@ class Lifecycle:
         for g in self.optimizer.param_groups:
             g["lr"] = g.get("lr", 0.0) * g.setdefault("lr_scale", 1.0)
             g["initial_lr"] = g["lr"]
+        kernels.watch(adapter.parameters())
         self.optimizer.register_step_pre_hook(self._before)
         self.optimizer.register_step_post_hook(self._after)
         self.optimizer.lifecycle = self  # type: ignore[attr-defined]
@@ -84,6 +86,10 @@ class Lifecycle:
             g["lr"] = lr
         self.adapter.after_step(self.step())
         self.index += 1
+        if self.index < self.total:
+            kernels.watch(self.adapter.parameters())
+        else:
+            kernels.leave(self.adapter.parameters())
 
     def rebuild(self) -> None:
         """Train the parameters that the adapter has now, in place: whoever wraps the optimiser keeps the same object.

@@ -27,9 +27,10 @@ __all__ = ["environment", "find", "is_scratch", "lock", "path_of", "read", "read
 log = logging.getLogger(__name__)
 
 SCHEMA = 1
-# Settings that change no number of a run, as dotted keys; whatever lies under one is left out with it. A source (of
-# data, of a base) stays in: another source is another run, and the fingerprints in the record say what it held.
-EXCLUDED = ("results", "wandb", "train.checkpoint_every", "train.shard")
+# Settings that change no number of a run, or its last digits as another machine does, as dotted keys; whatever lies under
+# one is left out with it. A source (of data, of a base) stays in: another source is another run, and the fingerprints in
+# the record say what it held.
+EXCLUDED = ("results", "wandb", "kernels", "train.checkpoint_every", "train.shard")
 STATUSES = ("ok", "diverged", "failed")
 ALWAYS: dict[str, type] = {"schema": int, "id": str, "status": str, "experiment": str, "variant": str, "task": str,
           "model": str, "seed": int, "config": dict, "command": str, "environment": dict}  # fmt: skip

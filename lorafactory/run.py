@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 
-from . import checkpoint, files, models, record, registry, shard
+from . import checkpoint, files, kernels, models, record, registry, shard
 from .attach import Adapted, seeded
 from .config import RunConfig
 from .errors import UserError
@@ -52,6 +52,7 @@ def run(config: RunConfig, command: str = "") -> Outcome:
         "id": record.run_id(settings),
     }
     shard.refuse_plugins()
+    kernels.choose(config.kernels)
     AcceleratorState._reset_state()  # a sweep may change the precision from run to run
     accelerator = Accelerator(mixed_precision=config.train.precision, cpu=not torch.cuda.is_available())
     shard.refuse_one(config.train.shard, accelerator)
@@ -99,6 +100,7 @@ def _make(config: RunConfig, id: str, accelerator: Accelerator, place: Path) -> 
     task.prepare(loaded.processor)
     loaded.model.to("cpu" if config.train.shard else accelerator.device)  # to be sharded, it moves share by share
     about = {"data": task.describe(), "base": loaded.describe()}
+    kernels.forget()
     peak = Peak(accelerator.device)
     variant = config.variant
     if variant.trained_modules is None:
@@ -108,7 +110,7 @@ def _make(config: RunConfig, id: str, accelerator: Accelerator, place: Path) -> 
         found = _train(config, id, task, adapted, accelerator, place)
         found["cost"] |= {"peak_bytes": peak.read(), "seconds": time.perf_counter() - began}
         about["base"] |= {"class": type(loaded.model).__name__, "process_bytes": shard.local_bytes(loaded.model)}
-        return found | about
+        return found | about | {"kernels": {"chosen": config.kernels, "used": kernels.used()}}
     finally:
         if shard.is_sharded(loaded.model):
             models.forget(loaded)

@@ -1,7 +1,7 @@
 """The interface that every variant is written against. Reading order: site, delta, low_rank, part, adapter."""
 
 from .adapter import Adapter
-from .delta import Additive, Copy, Delta, Wrapper, exact, kronecker, linear
+from .delta import Additive, Copy, Delta, Wrapper, exact, kronecker, linear, numbers
 from .elastic import Elastic
 from .low_rank import LowRank
 from .part import Decomposition, Init, Part, Stage, Step, Structure
@@ -34,4 +34,5 @@ __all__ = [
     "exact",
     "kronecker",
     "linear",
+    "numbers",
 ]

@@ -10,13 +10,15 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from .. import registry
+from .. import kernels, registry
 from ..errors import UserError
 from .delta import Copy, Delta, exact
 from .elastic import Elastic
 from .low_rank import LowRank
 from .part import Part, Stage, Step, Structure
 from .site import Site
+
+WRITING = ("attach", "begin", "end", "before_step", "after_step")  # hooks that may change numbers
 
 
 class Adapter(nn.Module):
@@ -50,7 +52,10 @@ class Adapter(nn.Module):
 
     def _each(self, hook: str, *args: Any) -> list:
         with exact():  # whatever the loop around it does
-            return [getattr(p, hook)(*args) for p in self.all_parts()]
+            found = [getattr(p, hook)(*args) for p in self.all_parts()]
+        if hook in WRITING:
+            kernels.changed()
+        return found
 
     # what is inside, however deeply wrapped
 
@@ -160,6 +165,7 @@ class Adapter(nn.Module):
         for p, m in elastic.items():
             m.allocate(saved[p])
         self.load_state_dict(state)
+        kernels.changed()
         self.started = True
 
 

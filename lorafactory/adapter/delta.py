@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from ..kernels import Once, compose
 from .site import Base
 
 
@@ -80,6 +81,10 @@ class Delta(nn.Module):
         """(B [d_out, R], A [R, d_in]) where weight(base) = W0 + B A; such a delta is additive."""
         return None
 
+    def thin(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """(h [..., R], B [d_out, R]) with h B^T = update(x), the shift left out; None: it is not to be had apart."""
+        return None
+
     def randomize(self) -> None:
         """Additive deltas: start at a random update, not at zero, because a wrapper holds it at zero."""
         raise NotImplementedError(f"{type(self).__name__} is not additive")
@@ -116,6 +121,20 @@ class Delta(nn.Module):
         return max(bias, lost(w, base.weight))
 
 
+def numbers(*modules: nn.Module) -> list[Tensor]:
+    """What the modules' functions depend on: their tensors and those of the modules that they refer to."""
+    found: list[Tensor] = []
+    seen: set[nn.Module] = set()
+    left = [*modules]
+    while left:
+        module = left.pop()
+        if module not in seen:
+            seen.add(module)
+            found += (t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None)
+            left += (m for m in (*module._modules.values(), *module.__dict__.values()) if isinstance(m, nn.Module))
+    return found
+
+
 def lost(new: Tensor, old: Tensor) -> float:
     """What the cast of new to old's dtype loses, as a share of |new - old|."""
     change = (new.double() - old.double()).norm()
@@ -123,15 +142,22 @@ def lost(new: Tensor, old: Tensor) -> float:
 
 
 class Additive(Delta):
-    """W = W0 + B A, which factors() gives."""
+    """W = W0 + B A, which factors() gives. One that overrides update() has no thin(): None."""
 
     def weight(self, base: Base) -> Tensor:
         b, a = self.factors()  # type: ignore[misc]
         return base.weight + b @ a
 
-    def update(self, x: Tensor, base: Base, y: Tensor) -> Tensor:
+    def thin(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         b, a = self.factors()  # type: ignore[misc]
-        return linear(self.drop(x), a, b)
+        return linear(self.drop(x), a), b
+
+    def update(self, x: Tensor, base: Base, y: Tensor) -> Tensor:
+        return linear(*self.thin(x))  # type: ignore[misc]
+
+    def forward(self, x: Tensor, base: Base) -> Tensor:
+        thin = self.thin(x)
+        return super().forward(x, base) if thin is None else compose(base(x), *thin)
 
 
 class Wrapper(Delta):
@@ -140,9 +166,18 @@ class Wrapper(Delta):
     def __init__(self, inner: Delta):
         super().__init__()
         self.inner = inner
+        self.once = Once()
 
     def shift(self, base: Base) -> Tensor | None:
         return self.inner.shift(base)
+
+    def rescaled(self, x: Tensor, base: Base, y: Tensor, g: Tensor) -> Tensor:
+        """g * (V x) + bias from y = base(x), rounded to y's dtype once; g [d_out]."""
+        b = self.bias(base)
+        if self.shift(base) is None and (thin := self.inner.thin(x)) is not None:
+            return compose(y, *thin, gain=g, bias=b)
+        v = y.to(g.dtype) + self.inner.update(x, base, y)
+        return (g * v if b is None else torch.addcmul(b - g * b, g, v)).to(y.dtype)
 
     def split(self, x: Tensor, base: Base, y: Tensor) -> tuple[Tensor, Tensor]:
         """(W0 x, (V - W0) x), biases left out, from y = base(x)."""

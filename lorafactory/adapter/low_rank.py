@@ -93,6 +93,14 @@ class LowRank(Elastic):
         r = a.shape[0] - self.A_past.shape[0]  # the past is frozen, so like the base it sees all of x
         return through(self.drop(x), a[:r], b[:, :r]) + through(x, a[r:], b[:, r:])
 
+    def thin(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(h [..., R], B [d_out, R]) with h B^T = forward(x)."""
+        b, a = self.factors()
+        if self.A_past is None or not (self.dropout and self.training):
+            return linear(self.drop(x), a), b
+        r = a.shape[0] - self.A_past.shape[0]
+        return torch.cat([linear(self.drop(x), a[:r]), linear(x, a[r:])], -1), b
+
     @torch.no_grad()
     def fresh(self) -> None:
         """Fresh A and B with a zero update: B = 0, or gate = 0 where the budget asked for a gate that starts there.

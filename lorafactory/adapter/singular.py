@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -83,5 +81,5 @@ class Singular(Elastic, Additive):
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.left(), self.Vt
 
-    def update(self, x: Tensor, base: Any, y: Tensor) -> Tensor:
-        return linear(self.core(linear(x, self.Vt)), self.U)
+    def thin(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.core(linear(x, self.Vt)), self.U

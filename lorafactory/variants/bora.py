@@ -4,7 +4,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..adapter import Decomposition, Delta, Wrapper, exact
+from ..adapter import Decomposition, Delta, Wrapper, exact, numbers
+from ..kernels import sqnorm, squares
 from ..registry import DecompositionConfig, register
 
 
@@ -17,30 +18,36 @@ class BoRADelta(Wrapper):
         super().__init__(inner)
         self.constant, self.columns_first = True, False
         w = site.base.weight.detach()
-        w = w.to(torch.promote_types(w.dtype, torch.float32))
-        for name, dim in (("rows", 1), ("columns", 0)):
-            norm = w.norm(dim=dim)
-            self.register_buffer(f"some_{name}", norm > 0, persistent=False)
-            self.register_parameter(name, nn.Parameter(torch.where(norm > 0, norm, 1.0)))
+        for axis, name in enumerate(("columns", "rows")):
+            square = squares(w, axis)
+            self.register_buffer(f"some_{name}", square > 0, persistent=False)
+            self.register_parameter(name, nn.Parameter(torch.where(square > 0, square, 1.0).sqrt()))
 
-    def norm(self, m, name):
-        """The norms of m's rows or columns."""
-        norm = m.norm(dim=1 if name == "rows" else 0)
-        return torch.where(getattr(self, f"some_{name}") & (norm > 0), norm, 1.0)
+    def norm(self, base, axis, weights=None):
+        """The norms of V's rows (axis 1) or columns (axis 0), the squares weighted."""
+        factors = self.inner.factors()
+        if factors is None:
+            square = squares(self.inner.weight(base).to(self.rows.dtype), axis, weights)
+        else:
+            square = sqnorm(base.weight, factors[1], factors[0], 1.0, axis, weights)
+        return torch.where((self.some_rows if axis else self.some_columns) & (square > 0), square, 1.0).sqrt()
 
     def norms(self, base):
         """rho [d_out], kappa [d_in]."""
-        v = self.inner.weight(base).to(self.rows.dtype)
-        if self.columns_first:
-            kappa = self.norm(v, "columns")
-            return self.norm(v * (self.columns / kappa), "rows"), kappa
-        rho = self.norm(v, "rows")
-        return rho, self.norm((self.rows / rho)[:, None] * v, "columns")
+        with exact():
+            if self.columns_first:
+                kappa = self.norm(base, 0)
+                return self.norm(base, 1, (self.columns / kappa).square()), kappa
+            rho = self.norm(base, 1)
+            return rho, self.norm(base, 0, (self.rows / rho).square())
 
     def gains(self, base):
         """r, c."""
-        with exact(), torch.set_grad_enabled(torch.is_grad_enabled() and not self.constant):
+        if not self.constant:
             rho, kappa = self.norms(base)
+        else:
+            with torch.no_grad():
+                rho, kappa = self.once(lambda: self.norms(base), numbers(self, base.module))
         return self.rows / rho, self.columns / kappa
 
     def weight(self, base):
@@ -51,10 +58,8 @@ class BoRADelta(Wrapper):
         if x.dtype != self.rows.dtype or torch.is_autocast_enabled(x.device.type):
             return super().forward(x, base)  # c x in a narrow dtype would lose a c near 1
         r, c = self.gains(base)
-        x, b = c * x, self.bias(base)
-        base_part, update = self.split(x, base, base(x))
-        y = r * (base_part + update)
-        return y if b is None else y + b
+        x = c * x
+        return self.rescaled(x, base, base(x), r)
 
     def update(self, x, base, y):
         # with x' = x + (c - 1) x: r V x' - W0 x, and near r = c = 1 no digits cancel
@@ -75,8 +80,8 @@ class BoRA(Decomposition):
     the other order. There is no official code: that the norms are constants in the backward pass, as in DoRA, is inferred.
     Both magnitudes start at the norms of W0. (Block-diversified BoRA is another method.)
 
-    Cost: V [d_out, d_in] is formed, without being kept, and read twice in every forward pass; then one pass over the
-    input, one over the output. Beside a base of another dtype W0 is multiplied twice."""
+    Cost: the norms once an optimiser step (kernels.sqnorm, twice), then one pass over the input, one over the output.
+    Beside a base of another dtype W0 is multiplied twice."""
 
     paper = "BoRA, arXiv 2412.06441"
     delta = BoRADelta

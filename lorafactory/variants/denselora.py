@@ -41,6 +41,9 @@ class DenseDelta(Elastic, Delta):
     def act(self, x):
         return F.gelu(x)
 
+    def thin(self, x):
+        return None  # what D gives is dropped, too
+
     def update(self, x, base, y):
         k = self.coder
         code = self.drop(self.act(linear(self.drop(x), k.E)))

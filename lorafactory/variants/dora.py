@@ -3,8 +3,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-from ..adapter import Base, Decomposition, Delta, Site, Wrapper
+from ..adapter import Base, Decomposition, Delta, Site, Wrapper, exact, numbers
 from ..errors import UserError
+from ..kernels import sqnorm, squares
 from ..registry import DecompositionConfig, register
 
 
@@ -17,21 +18,19 @@ class DoRADelta(Wrapper):
     def __init__(self, inner: Delta, site: Site):
         super().__init__(inner)
         self.constant = True  # c, in the backward pass
-        dtype = torch.promote_types(site.base.weight.dtype, torch.float32)
-        square = site.base.weight.detach().to(dtype).square().sum(1)  # once: the base is read-only
+        square = squares(site.base.weight.detach())  # once: the base is read-only
         self.square: torch.Tensor
         self.register_buffer("square", square, persistent=False)
         self.magnitude = nn.Parameter(torch.where(square > 0, square, 1.0).sqrt())
 
     def squares(self, base: Base) -> torch.Tensor:
-        """|V_i|^2 [d_out]. With V = W0 + B A, without forming B A: |W0_i|^2 + 2 <B_i, (W0 A^T)_i> + B_i A A^T B_i^T"""
-        with torch.autocast(base.weight.device.type, enabled=False):
+        """|V_i|^2 [d_out]."""
+        with exact():
             factors = self.inner.factors()
-            if factors is None or len(factors[1]) > min(base.shape):  # more ranks than V has: V itself is cheaper
-                return self.inner.weight(base).to(self.magnitude.dtype).square().sum(1)
+            if factors is None:
+                return squares(self.inner.weight(base).to(self.magnitude.dtype))
             b, a = factors
-            w = base.weight.to(a.dtype)
-            return self.square + 2 * (b * (w @ a.T)).sum(1) + (b @ (a @ a.T) * b).sum(1)
+            return sqnorm(base.weight, a, b, base=self.square)
 
     def norm(self, base: Base) -> torch.Tensor:
         """c."""
@@ -39,19 +38,17 @@ class DoRADelta(Wrapper):
         return torch.where((self.square > 0) & (square > 0), square, 1.0).sqrt()
 
     def gain(self, base: Base) -> torch.Tensor:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.constant):
-            c = self.norm(base)
+        if not self.constant:
+            return self.magnitude / self.norm(base)
+        with torch.no_grad():
+            c = self.once(lambda: self.norm(base), numbers(self, base.module))
         return self.magnitude / c
 
     def weight(self, base):
         return self.gain(base)[:, None] * self.inner.weight(base)
 
     def forward(self, x, base):
-        # g (y + u - bias) + bias in two passes; rounded to y's dtype once, at the end
-        y, b = base(x), self.bias(base)
-        g = self.gain(base)
-        v = y.to(g.dtype) + self.inner.update(x, base, y)
-        return (g * v if b is None else torch.addcmul(b - g * b, g, v)).to(y.dtype)
+        return self.rescaled(x, base, base(x), self.gain(base))
 
     def update(self, x, base, y):
         # (g - 1) y + g u: near g = 1, where training starts and mostly stays, no digits cancel
@@ -68,8 +65,8 @@ class DoRA(Decomposition):
     output's row. V is any structure's weight: over `vera` it is DVoRA. Dropout is of what A reads, as in LoRA; the
     authors' code also drops the inputs of (m / |V| - 1) W0 x.
 
-    Cost: beside LoRA's, W0 A^T and three Gram products a forward pass (the factored norm of arXiv 2603.22276, |W0_i|^2
-    computed once) where the inner update has thin factors, else V itself; and two passes over the output."""
+    Cost: beside LoRA's, the norms once an optimiser step (kernels.sqnorm: V itself is not kept where the inner update has
+    thin factors) and a pass over the output (kernels.compose)."""
 
     paper = "DoRA, arXiv 2402.09353"
     delta = DoRADelta

@@ -86,8 +86,8 @@ class LoRAXSDelta(Elastic, Additive):
     def randomize(self):
         nn.init.normal_(self.R)
 
-    def update(self, x, base, y):
-        return linear(self.drop(x), self.A, self.scale * self.R, self.B)
+    def thin(self, x):
+        return linear(self.drop(x), self.A, self.scale * self.R), self.B
 
 
 @register("lora_xs")

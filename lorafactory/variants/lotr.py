@@ -58,10 +58,12 @@ class LoTRDelta(Elastic, Additive):
         self.silenced = True
         nn.init.normal_(self.M)
 
-    def update(self, x, base, y):
+    def thin(self, x):
         k = self.bank
-        u = linear(x, k.R, k.scale * self.M, k.L)
-        return u if self.M0 is None else u - linear(x, k.R0, k.scale * self.M0, k.L0)
+        h, b = linear(x, k.R, k.scale * self.M), k.L
+        if self.M0 is None:
+            return h, b
+        return torch.cat([h, linear(x, k.R0, -k.scale * self.M0)], -1), torch.cat([b, k.L0], 1)
 
 
 def leading(weights: list[torch.Tensor], rank: int) -> torch.Tensor:

@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..adapter import Additive, Delta, Elastic, Structure, linear
+from ..adapter import Additive, Delta, Elastic, Structure
 from ..adapter.peft import only_linear
 from ..errors import UserError
 from ..registry import StructureConfig, register
@@ -35,12 +35,10 @@ class Shared(Elastic, Additive):
     def randomize(self):
         nn.init.normal_(self.D)
 
-    def update(self, x, base, y):
-        # the shards of x, side by side and padded with zeros, added up: then one thin product
-        x, r = self.drop(x), len(self.D)
-        shards = F.pad(x, (0, -self.d_in % r)).unflatten(-1, (-1, r)).sum(-2)
-        u = linear(shards, self.D.T)
-        return u if self.columns == self.d_out else u.repeat(*[1] * (u.dim() - 1), self.d_out // self.columns)
+    def thin(self, x):
+        # the shards of x, side by side and padded with zeros, added up: A x without a product
+        shards = F.pad(self.drop(x), (0, -self.d_in % len(self.D))).unflatten(-1, (-1, len(self.D))).sum(-2)
+        return shards.to(self.D.dtype), self.D.T.repeat(self.d_out // self.columns, 1)
 
 
 class Bat(Elastic, Delta):

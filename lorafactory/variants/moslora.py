@@ -51,8 +51,8 @@ class MoSLoRADelta(Elastic, Additive):
         bound = self.d_in**-0.5
         nn.init.uniform_(self.B, -bound, bound)
 
-    def update(self, x, base, y):
-        return linear(self.drop(x), self.A, self.scale * self.M, self.B)
+    def thin(self, x):
+        return linear(self.drop(x), self.A, self.scale * self.M), self.B
 
 
 @register("moslora")

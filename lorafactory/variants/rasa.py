@@ -4,7 +4,7 @@ from typing import Optional
 import torch
 import torch.nn as nn
 
-from ..adapter import Additive, Elastic, Structure, linear
+from ..adapter import Additive, Elastic, Structure
 from ..adapter.ranked import fitting
 from ..errors import UserError
 from ..registry import StructureConfig, register
@@ -44,11 +44,6 @@ class RaSADelta(Elastic, Additive):
     def randomize(self):
         for b in (self.B, self.pool.B):
             nn.init.uniform_(b, -(self.d_in**-0.5), self.d_in**-0.5)
-
-    def update(self, x, base, y):
-        x = self.drop(x)
-        own, pooled = self.D.split([len(self.A), len(self.pool.A)])
-        return linear(own * linear(x, self.A), self.B) + linear(pooled * linear(x, self.pool.A), self.pool.B)
 
 
 @register("rasa")

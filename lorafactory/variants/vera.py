@@ -7,6 +7,7 @@ from ..adapter import Additive, Elastic, Structure, linear
 from ..adapter.bank import Bank, BankConfig, uniform
 from ..adapter.peft import fit
 from ..errors import UserError
+from ..kernels import compose
 from ..registry import register
 
 SHARED = ("base_model.vera_A", "base_model.vera_B")  # PEFT's names of the bank
@@ -49,8 +50,11 @@ class VeRADelta(Elastic, Additive):
 
     def update(self, x, base, y):
         b, a = self.slices()
-        x = self.drop(x)
-        return self.b * linear(self.d * linear(x, a), b)
+        return self.b * linear(self.d * linear(self.drop(x), a), b)
+
+    def forward(self, x, base):
+        b, a = self.slices()
+        return compose(base(x), self.d * linear(self.drop(x), a), b, gain=self.b, whole=False)
 
 
 @register("vera")

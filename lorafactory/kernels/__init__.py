@@ -1,0 +1,9 @@
+"""Plain functions that deltas call, each in up to three implementations of one definition; see docs/kernels.md."""
+
+from .choice import CHOICES, choose, forget, used
+from .compose import compose
+from .norms import sqnorm, squares
+from .once import Once, changed, leave, still, watch
+
+__all__ = ["CHOICES", "Once", "changed", "choose", "compose", "forget", "leave", "sqnorm", "squares", "still", "used",
+           "watch"]  # fmt: skip

@@ -1,0 +1,49 @@
+"""compose in PyTorch: few reads and writes where the dtypes are one, float32 in between where they are not."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rows(*tensors: Tensor) -> list[Tensor]:
+    """[..., d] as [positions, d], d 0 or more."""
+    return [t.reshape(t.shape[:-1].numel(), t.shape[-1]) for t in tensors]
+
+
+def add(y: Tensor, h: Tensor, b: Tensor) -> Tensor:
+    """y + h B^T."""
+    if torch.is_autocast_enabled(y.device.type) or y.dtype == h.dtype == b.dtype:
+        return torch.addmm(*rows(y, h), b.T).view(y.shape).to(y.dtype)
+    return (y + h @ b.to(h.dtype).T).to(y.dtype)
+
+
+def add_scaled(y: Tensor, h: Tensor, b: Tensor, g: Tensor) -> Tensor:
+    """y + g (h B^T)."""
+    update = h @ b.to(h.dtype).T
+    return torch.addcmul(y, g, update) if y.dtype == update.dtype == g.dtype else (y + g * update).to(y.dtype)
+
+
+def forward(y: Tensor, h: Tensor, b: Tensor, g: Tensor, bias: Tensor | None, whole: bool,
+            keep: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """z = g (y + h B^T) + (1 - g) bias and, to keep, y + h B^T in y's dtype."""
+    if y.dtype == g.dtype == h.dtype:
+        inner = torch.addmm(y, h, b.T)
+        if not keep and bias is None:
+            return inner.mul_(g), None
+    else:
+        inner = torch.addmm(y.to(g.dtype), h, b.T) if h.dtype == g.dtype else y.to(g.dtype) + h @ b.T
+    z = g * inner if bias is None else torch.addcmul(bias - g * bias, g, inner)
+    return z.to(y.dtype), (inner.to(y.dtype) if keep else None)
+
+
+def backward(dz: Tensor, g: Tensor, bias: Tensor | None, inner: Tensor | None,
+             of_y: bool) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """g dz in dz's dtype, and the sum of dz (inner - bias) over positions, in g's; None for what is not wanted."""
+    dy = (g * dz).to(dz.dtype) if of_y else None
+    if inner is None:
+        return dy, None
+    wide = dz.to(g.dtype)
+    if bias is None:
+        return dy, (wide * inner).sum(0)
+    return dy, (wide * (inner.to(g.dtype) - bias)).sum(0)
