@@ -14,7 +14,8 @@ def rows(*tensors: Tensor) -> list[Tensor]:
 def add(y: Tensor, h: Tensor, b: Tensor) -> Tensor:
     """y + h B^T."""
     if torch.is_autocast_enabled(y.device.type) or y.dtype == h.dtype == b.dtype:
-        return torch.addmm(*rows(y, h), b.T).view(y.shape).to(y.dtype)
+        flat, thin = rows(y, h)
+        return torch.addmm(flat, thin, b.T).view(y.shape).to(y.dtype)
     return (y + h @ b.to(h.dtype).T).to(y.dtype)
 
 
