@@ -12,7 +12,7 @@ PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 WANDB_MODE=disabled $(PY) -m pytest
 # Triton's kernels without a GPU: its interpreter must be chosen before Triton is imported, so in a process of their own
 KERNELS := test "$$(uname -s)" != Linux || TRITON_INTERPRET=1 $(PYTEST) tests/kernels/test_compose.py -k triton
 
-.PHONY: help setup demo test test-all test-gpu bench glue vision ablations generation lint types check tables wheel clean
+.PHONY: help setup demo test test-all test-gpu bench-gpu bench-cpu bench glue vision ablations generation lint types check tables wheel clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -49,6 +49,12 @@ test-all: setup ## the same, every composite included (hours)
 
 test-gpu: setup ## what needs a GPU
 	@$(PY) -m pytest -q -m gpu
+
+bench-gpu: setup ## DoRA's kernels on a GPU, beside their limits and PEFT: results/bench/gpu_*.json (half an hour)
+	@for what in micro layer stack; do $(PY) scripts/bench/gpu.py $$what --out results/bench || exit 1; done
+
+bench-cpu: setup ## the norm of W + B A on this processor, beside PEFT's and the dense product: results/bench/norms.md
+	@$(PY) scripts/bench/norms.py --out results/bench
 
 bench: setup ## step time and memory of every variant beside PEFT: results/bench/overhead.md
 	@$(PY) scripts/bench/overhead.py --out results/bench
