@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .choice import pick
 
-ROWS = 256  # of V at a time: a few MB, which a processor's cache holds
+CACHED = 1 << 20  # numbers of V at a time: 4 MB, which a processor's cache holds
 
 
 def sqnorm(w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor = 1.0, axis: int = 1, weights: Tensor | None = None,
@@ -19,7 +19,7 @@ def sqnorm(w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor = 1.0, axis: i
 
     Two fast forms, both exact to float32. Factored (arXiv 2603.22276), n = |W_i|^2 + s sum_k B_ik (2 U + s B G)_ik with
     U = W A^T and G = A A^T: on a GPU, and where a gradient is asked for. By rows, where memory is behind a cache: V
-    itself, 256 rows at a time, as many products and nothing kept. Never below 0, where rounding would take a row that
+    itself, some rows at a time, as many products and nothing kept. Never below 0, where rounding would take a row that
     is nearly zero; a NaN stays one."""
     kind = pick("sqnorm", w, a, b, twin=False)
     with torch.autocast(w.device.type, enabled=False):
@@ -80,10 +80,11 @@ def _by_rows(w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor, axis: int, 
     if weights is None:
         weights = a.new_ones(w.shape[axis])  # the same operations, so that q = 1 changes no bit
     weights = weights.sqrt() if axis else weights
-    buffer = a.new_empty(min(ROWS, w.shape[0]), w.shape[1])
-    for start in range(0, w.shape[0], ROWS):
-        rows = slice(start, start + ROWS)
-        v = buffer[: min(ROWS, w.shape[0] - start)].copy_(w[rows]).addmm_(b[rows], a)
+    size = max(1, min(w.shape[0], CACHED // max(1, w.shape[1])))
+    buffer = a.new_empty(size, w.shape[1])
+    for start in range(0, w.shape[0], size):
+        rows = slice(start, start + size)
+        v = torch.addmm(w[rows].to(a.dtype), b[rows], a, out=buffer[: min(size, w.shape[0] - start)])
         if axis:
             torch.linalg.vector_norm(v.mul_(weights) if weighted else v, dim=1, out=found[rows])
         else:

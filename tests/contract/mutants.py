@@ -125,7 +125,7 @@ MUTANTS = [  # file, what stands there, what stands there instead, where
     ("variants/denselora.py", "k.scale * self.drop(", "k.scale * (", "@denselora"),
     ("variants/dora.py", "+ g * update", "+ update", "dora"),
     ("variants/dora.py", "if not self.constant:", "if True:", "@dora"),
-    ("kernels/norms.py", ".addmm_(b[rows], a)", ".addmm_(b[rows], a, alpha=0.9)", "@dora"),
+    ("kernels/norms.py", "b[rows], a, out=", "b[rows], a, alpha=0.9, out=", "@dora"),
     ("kernels/norms.py", "(2 * products(", "(products(", "@dora"),
     ("kernels/eager.py", "torch.addcmul(bias - g * bias, g, inner)", "torch.addcmul(bias, g, inner)", "dora"),
     ("variants/dora.py", "(self.square > 0) & (square > 0)", "square > 0", "@dora"),

@@ -67,7 +67,7 @@ def test_forms_agree_where_memory_is_split(monkeypatch):
     w, a, b = torch.randn(23, 40), torch.randn(3, 40), torch.randn(23, 3)
     q, p = torch.rand(40), torch.rand(23)
     whole = [kernels.sqnorm(w, a, b, 1.0, axis, weights) for axis, weights in ((1, None), (0, None), (1, q), (0, p))]
-    monkeypatch.setattr(norms, "ROWS", 5)
+    monkeypatch.setattr(norms, "CACHED", 5 * 40)
     parts = [kernels.sqnorm(w, a, b, 1.0, axis, weights) for axis, weights in ((1, None), (0, None), (1, q), (0, p))]
     assert all(near(x, y.double(), 1e-6) for x, y in zip(parts, whole, strict=True))
 

@@ -95,7 +95,7 @@ def formed(spelling, options):
 
 @pytest.mark.parametrize("spelling", FAST)
 def test_no_dense_matrix_is_formed(spelling, monkeypatch):
-    monkeypatch.setattr(norms, "ROWS", 8)  # norms are taken of so many rows at a time, here fewer than the layer has
+    monkeypatch.setattr(norms, "CACHED", 8 * D_IN)  # norms are taken of some rows at a time, here fewer than the layer has
     assert formed(spelling, FAST[spelling]) == []
 
 
