@@ -1,4 +1,5 @@
-"""Detour: an optimiser that lets some parameters take their step in another space, whichever optimiser steps there."""
+"""Detour: an optimiser that lets some parameters take their step in another space, whichever optimiser steps there.
+OnPairs: those of the low-rank pairs. Preconditioned: only their gradients change."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from .adapter import LowRank, Part
 from .adapter.delta import exact
 
 
@@ -67,3 +69,45 @@ class Detour(torch.optim.Optimizer):
         self.inner.state = self.state
         self.inner.param_groups = [{**g, "params": [p for p in g["params"] if p in chosen]} for g in self.param_groups]
         self.inner.step()
+
+
+class OnPairs(Detour):
+    """Moves the factors of a part's pairs; all else steps as `inner` does."""
+
+    def __init__(self, inner: torch.optim.Optimizer, part: Part):
+        super().__init__(inner)
+        self.part = part
+
+    def pairs(self) -> list[LowRank]:
+        """Those whose trained factors all have a gradient."""
+        found = [low for _, low in self.part.adapter.low_ranks() if low.rank]
+        return [low for low in found if all(p.grad is not None for p in (low.A, low.B) if p.requires_grad)]
+
+    def own(self) -> set[nn.Parameter]:
+        return {p for low in self.pairs() for p in (low.A, low.B) if p.requires_grad}
+
+    def alike(self) -> list[list[LowRank]]:
+        """Pairs of one shape together: what is done to their Gram matrices is done to all at once."""
+        found: dict[Any, list[LowRank]] = {}
+        for low in self.pairs():
+            found.setdefault((low.A.shape, low.B.shape, low.gate is None, low.A.device), []).append(low)
+        return list(found.values())
+
+
+class Preconditioned(OnPairs):
+    """Steps as `inner` does, on the gradients that precondition() puts in place of the factors' own for that time."""
+
+    def precondition(self, lows: list[LowRank]) -> dict[nn.Parameter, Tensor]:
+        """New gradients for pairs of one shape."""
+        raise NotImplementedError
+
+    def step_own(self, groups: dict[nn.Parameter, dict[str, Any]]) -> None:
+        kept = {p: p.grad for p in groups}
+        try:
+            for lows in self.alike():
+                for p, g in self.precondition(lows).items():
+                    p.grad = g
+            self._run(groups)
+        finally:
+            for p, own in kept.items():
+                p.grad = own

@@ -77,6 +77,12 @@ class LowRank(Elastic):
             a.append(self.A_past)
         return torch.cat(b, 1), torch.cat(a, 0)
 
+    def partners(self) -> tuple[Tensor, Tensor]:
+        """(B diag(gate), diag(gate) A): what a change of A, and one of B, is multiplied by in the update, but for scale."""
+        if self.gate is None:
+            return self.B, self.A
+        return self.B * self.gate, self.gate[:, None] * self.A
+
     def product(self) -> Tensor:
         """The update [d_out, d_in]."""
         b, a = self.factors()

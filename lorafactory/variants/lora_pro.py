@@ -4,7 +4,7 @@ import torch
 
 from .. import linalg
 from ..adapter import Part
-from ..detour import Detour
+from ..detour import OnPairs
 from ..errors import UserError
 from ..registry import DynamicsConfig, register
 
@@ -16,10 +16,7 @@ class Closest:
     """For n pairs of one shape, a gate taken into both factors: the (dA, dB) whose s (B dA + dB A) is closest to G."""
 
     def __init__(self, lows, config):
-        a, b = torch.stack([low.A for low in lows]), torch.stack([low.B for low in lows])
-        if lows[0].gate is not None:
-            g = torch.stack([low.gate for low in lows])
-            a, b = g[:, :, None] * a, g[:, None, :] * b
+        b, a = (torch.stack(t) for t in zip(*(low.partners() for low in lows), strict=True))
         self.a, self.b, self.s = a, b, torch.stack([low.scale for low in lows])[:, None, None]
         self.p, self.q = linalg.spectrum(b.mT @ b), linalg.spectrum(a @ a.mT)
         self.inv_p, self.inv_q = (linalg.inverse(m, config.damping, config.condition) for m in (self.p, self.q))
@@ -45,23 +42,10 @@ class Closest:
         return da + x @ self.a, db - self.b @ x
 
 
-class LoRAProOptimizer(Detour):
-    def __init__(self, inner, part):
-        super().__init__(inner)
-        self.part = part
-
-    def pairs(self):
-        return [low for _, low in self.part.adapter.low_ranks() if low.rank and None not in (low.A.grad, low.B.grad)]
-
-    def own(self):
-        return {p for low in self.pairs() for p in (low.A, low.B)}
-
+class LoRAProOptimizer(OnPairs):
     def step_own(self, groups):
         self.part.steps += 1
-        alike: dict = {}
-        for low in self.pairs():
-            alike.setdefault((low.A.shape, low.B.shape, low.gate is None, low.A.device), []).append(low)
-        for lows in alike.values():
+        for lows in self.alike():
             n = max(1, AT_ONCE // (lows[0].B.shape[0] * lows[0].A.shape[1]))
             for i in range(0, len(lows), n):
                 self.move(lows[i : i + n], groups)

@@ -144,6 +144,7 @@ MUTANTS = [  # file, what stands there, what stands there instead, where
     ("variants/ia3.py", "(self.l - 1) * base.bias", "0 * base.bias", "@ia3"),
     ("variants/ia3.py", "(?<!attention\\.)", "", "@ia3"),
     ("variants/lola.py", "new / float(self.strength)", "new", "@lola"),
+    ("detour.py", "                p.grad = own\n", "                pass\n", "@riemannian"),
     ("variants/lora.py", "self.low_rank.randomize()", "pass", "words"),
     ("variants/lora.py", '"input", ', "", "words"),
     ("variants/lora_plus.py", "self.config.ratio", "1.0", "options/lora_plus"),
