@@ -147,6 +147,7 @@ MUTANTS = [  # file, what stands there, what stands there instead, where
     ("detour.py", "                p.grad = own\n", "                pass\n", "@riemannian"),
     ("variants/lora_fa.py", "low.A.requires_grad_(False)", "pass", "@lora_fa"),
     ("variants/lora_fa.py", " / s**2", "", "@lora_fa"),
+    ("variants/riemannian.py", "(b.mT @ b, a @ a.mT)", "(a @ a.mT, b.mT @ b)", "@riemannian"),
     ("variants/lora.py", "self.low_rank.randomize()", "pass", "words"),
     ("variants/lora.py", '"input", ', "", "words"),
     ("variants/lora_plus.py", "self.config.ratio", "1.0", "options/lora_plus"),
