@@ -147,6 +147,8 @@ MUTANTS = [  # file, what stands there, what stands there instead, where
     ("detour.py", "                p.grad = own\n", "                pass\n", "@riemannian"),
     ("variants/lora_fa.py", "low.A.requires_grad_(False)", "pass", "@lora_fa"),
     ("variants/lora_fa.py", " / s**2", "", "@lora_fa"),
+    ("variants/lora_rite.py", "return m @ self.inverse.mT", "return m @ self.inverse", "@lora_rite"),
+    ("variants/lora_rite.py", "first * self.old[\"m\"] @ turn.mT", "first * self.old[\"m\"]", "@lora_rite"),
     ("variants/riemannian.py", "(b.mT @ b, a @ a.mT)", "(a @ a.mT, b.mT @ b)", "@riemannian"),
     ("variants/lora.py", "self.low_rank.randomize()", "pass", "words"),
     ("variants/lora.py", '"input", ', "", "words"),
