@@ -24,7 +24,7 @@ class LowRank(Elastic):
     scale []                         saved with the factors: loading never depends on a config's rank or alpha, and
                                      it does not follow the rank
 
-    The verbs start, fold, fresh, resize, keep and add_gate are the only ways a part changes it. All but resize keep
+    The verbs start, fold, unload, fresh, resize, keep and add_gate are the only ways a part changes it. All but resize keep
     the update; resize expects it to be zero."""
 
     grown = (("A0", "B0"), ("A_past", "B_past"))
@@ -64,18 +64,17 @@ class LowRank(Elastic):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(B [d_out, R], A [R, d_in]) with B A = update; R is rank, twice that with an anchor, more with a past."""
+        b, a = self.trained()
+        if self.A_past is None or self.B_past is None:
+            return b, a
+        return torch.cat([b, self.B_past], 1), torch.cat([a, self.A_past], 0)
+
+    def trained(self) -> tuple[Tensor, Tensor]:
+        """factors() without the past."""
         s = self.scale if self.gate is None else self.scale * self.gate
-        if self.A0 is None and self.A_past is None:
+        if self.A0 is None or self.B0 is None:
             return self.B * s, self.A
-        b: list[Tensor] = [self.B * s]
-        a: list[Tensor] = [self.A]
-        if self.A0 is not None and self.B0 is not None:
-            b.append(self.B0 * -s)
-            a.append(self.A0)
-        if self.A_past is not None and self.B_past is not None:
-            b.append(self.B_past)
-            a.append(self.A_past)
-        return torch.cat(b, 1), torch.cat(a, 0)
+        return torch.cat([self.B * s, self.B0 * -s], 1), torch.cat([self.A, self.A0], 0)
 
     def partners(self) -> tuple[Tensor, Tensor]:
         """(B diag(gate), diag(gate) A): what a change of A, and one of B, is multiplied by in the update, but for scale."""
@@ -158,14 +157,30 @@ class LowRank(Elastic):
     @torch.no_grad()
     def fold(self, compact: bool = True) -> None:
         """Freeze the update so far into the past and begin afresh. compact: past full rank, keep one product."""
-        b, a = (t.detach().clone() for t in self.factors())
+        self._store(1.0, compact)
+        self.A0 = self.B0 = None
+        self.silenced = False
+        self.fresh()
+
+    @torch.no_grad()
+    def unload(self, share: float, scale: bool = False) -> None:
+        """Freeze `share` of what is trained into the past, and keep the rest of it: in B, or with `scale` in the scale, so
+        that the factors stay."""
+        self._store(share, compact=True)
+        for t in (self.scale,) if scale else (self.B, self.B0):
+            if t is not None:
+                t.mul_(1 - share)
+
+    def _store(self, share: float, compact: bool) -> None:
+        b, a = (t.detach().clone() for t in self.trained())
+        b = b * share
+        if self.A_past is not None and self.B_past is not None:
+            b, a = torch.cat([b, self.B_past], 1), torch.cat([a, self.A_past], 0)
         full = min(b.shape[0], a.shape[1])
         if compact and a.shape[0] > full:
             product, eye = b @ a, torch.eye(full, dtype=a.dtype, device=a.device)
             b, a = (product, eye) if a.shape[1] == full else (eye, product)
-        self.A_past, self.B_past, self.A0, self.B0 = a, b, None, None
-        self.silenced = False
-        self.fresh()
+        self.A_past, self.B_past = a, b
 
     @torch.no_grad()
     def resize(self, rank: int) -> None:

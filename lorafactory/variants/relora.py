@@ -3,15 +3,15 @@ from typing import Optional
 
 import torch
 
-from ..adapter import Part
+from ..adapter.restarting import Restarting, RestartingConfig
 from ..errors import UserError
-from ..registry import DynamicsConfig, register
+from ..registry import register
 
 SHARE = {"random": 0.999, "magnitude": 0.9, "zero": 1.0, "none": 0.0}  # of the moments' entries that go
 
 
 @register("relora")
-class ReLoRA(Part):
+class ReLoRA(Restarting):
     """ReLoRA: every T steps W0 <- W0 + s B A, then A, B start afresh; the sum of such updates has a high rank.
 
     Lialin et al. 2023. The base stays as it is: the update joins the pair's frozen past. Then the optimiser's moments
@@ -24,53 +24,29 @@ class ReLoRA(Part):
     counter `restarts` says so."""
 
     paper = "ReLoRA, arXiv 2307.05695"
-    axis, needs = "dynamics", frozenset({"low_rank"})
 
     @dataclass
-    class Config(DynamicsConfig):
+    class Config(RestartingConfig):
         """every: optimiser steps between restarts, or below 1 as a share of the run's (the paper: 2000 to 5000 steps of
         pre-training); warmup: steps from 0 to the full rate after a restart, or below 1 as a share of `every`; prune:
         which entries of the moments go, random, magnitude (the smallest of the first moment), zero (all) or none;
         pruned: their share (null: 0.999 of random, 0.9 of magnitude)."""
 
-        every: float = 0.25
-        warmup: float = 0.1
         prune: str = "random"
         pruned: Optional[float] = None  # noqa: UP045  OmegaConf
 
         def check(self):
-            if not (0 < self.every < 1 or self.every >= 2):
-                raise UserError(f"every is {self.every}; it must be a share of the run below 1, or 2 steps or more")
-            if self.warmup < 0:
-                raise UserError(f"warmup is {self.warmup}; it must be 0 or more")
+            super().check()
             self.check_choices(prune=SHARE)
             if self.pruned is not None and self.prune not in ("random", "magnitude"):
                 raise UserError(f"pruned is {self.pruned}, but prune={self.prune} fixes the share: drop one of them")
             if self.pruned is not None and not 0 <= self.pruned <= 1:
                 raise UserError(f"pruned is {self.pruned}; it is a share, in [0, 1]")
 
-    def attach(self):
-        self.register_buffer("restarts", torch.zeros((), dtype=torch.long))
-
-    def cycle(self, step) -> int:
-        every = self.config.every
-        return max(2, round(every * step.total)) if every < 1 else round(every)
-
-    def rate(self, step):
-        cycle, warmup = self.cycle(step), self.config.warmup
-        number, since = divmod(step.index, cycle)
-        ramp = warmup * cycle if warmup < 1 else warmup
-        return min(1.0, since / ramp) if number and ramp else 1.0
-
-    def after_step(self, step):
-        done = step.index + 1
-        if done % self.cycle(step) or done >= step.total:
-            return
-        self.restarts += 1
-        for _, low in self.adapter.low_ranks():
-            low.fold()
-            for p in (low.A, low.B, low.gate):
-                self.prune(step.optimizer.state.get(p, {}))
+    def restart(self, low, state):
+        low.fold()
+        for p in (low.A, low.B, low.gate):
+            self.prune(state.get(p, {}))
 
     def prune(self, state) -> None:
         """Zeroes a share of one parameter's moments, the same entries of each."""
@@ -83,6 +59,3 @@ class ReLoRA(Part):
         gone[by.flatten().argsort()[: round(share * by.numel())]] = True
         for t in moments:
             t.masked_fill_(gone.view_as(t), 0)
-
-    def counters(self):
-        return {"restarts": int(self.restarts)}
