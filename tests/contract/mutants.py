@@ -169,6 +169,7 @@ MUTANTS = [  # file, what stands there, what stands there instead, where
     ("linalg.py", "eye - s, eye + s", "eye + s, eye - s", "@oft"),
     ("variants/oft.py", "r.mT if back else r", "r", "oft"),
     ("variants/oft.py", "2**0.5 * self.q.norm", "self.q.norm", "@oft"),
+    ("variants/periodic_lora.py", "state.pop(p, None)", "pass", "@periodic_lora"),
     ("variants/pissa.py", "self.config.niter", "0", "options/pissa"),
     ("variants/randlora.py", "if self.tall else (a.T, b.T)", "if True else (a.T, b.T)", "randlora"),
     ("variants/randlora.py", "a.unflatten(0, (r, -1))", "a.unflatten(0, (-1, r)).transpose(0, 1)", "@randlora"),
