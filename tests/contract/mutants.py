@@ -122,6 +122,8 @@ MUTANTS = [  # file, what stands there, what stands there instead, where
     ("variants/cg_lora.py", "if self.fixed is not None:", "if False:", "@cg_lora"),
     ("variants/delora.py", "[b, -self.B0]", "[b, self.B0]", "@delora"),
     ("variants/delora.py", "b, a * self.w", "b, a", "@delora"),
+    ("variants/delta_lora.py", "p.grad.div_(1 + self.config.ratio)", "pass", "@delta_lora"),
+    ("variants/delta_lora.py", "if not self.moving and step.index", "if step.index", "@delta_lora"),
     ("variants/denselora.py", "k.scale * self.drop(", "k.scale * (", "@denselora"),
     ("variants/dora.py", "+ g * update", "+ update", "dora"),
     ("variants/dora.py", "if not self.constant:", "if True:", "@dora"),
