@@ -44,6 +44,7 @@ class LowRank(Elastic):
         self.gate_start: float | None = None
         self.unit_norm = False  # start() moves the norms of A's rows and B's columns into the gate
         self.silenced = False  # something outside holds the update at zero: see randomize
+        self.row_rates: Callable[[LowRank], Tensor] | None = None  # see factors
         self.A = nn.Parameter(torch.empty(rank, d_in, dtype=dtype, device=like.device))
         self.B = nn.Parameter(torch.empty(d_out, rank, dtype=dtype, device=like.device))
         self.register_parameter("gate", None)
@@ -63,8 +64,13 @@ class LowRank(Elastic):
         return self.A.shape[0]
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """(B [d_out, R], A [R, d_in]) with B A = update; R is rank, twice that with an anchor, more with a past."""
+        """(B [d_out, R], A [R, d_in]) with B A = update; R is rank, twice that with an anchor, more with a past.
+
+        row_rates(self), [d_out], multiplies the rows of W's gradient on its way to A and B, and to nothing else, while the
+        pair trains; its ranks that carry the gradient count once more in R."""
         b, a = self.trained()
+        if self.row_rates is not None and self.training and torch.is_grad_enabled():
+            b, a = _carrying(b, a, self.row_rates(self)[:, None])
         if self.A_past is None or self.B_past is None:
             return b, a
         return torch.cat([b, self.B_past], 1), torch.cat([a, self.A_past], 0)
@@ -215,3 +221,9 @@ class LowRank(Elastic):
         self.unit_norm, self.gate_start = unit_norm, start
         self.gate = nn.Parameter(self.A.new_ones(self.rank))
         self.fresh()
+
+
+def _carrying(b: Tensor, a: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of the same product whose gradients reach a as (c b)^T G and b as c G a^T: [b, c b] and [a; 0]."""
+    still_b, still_a = b.detach(), a.detach()
+    return torch.cat([still_b + c * (b - still_b), c * still_b], 1), torch.cat([still_a, a - still_a], 0)

@@ -23,7 +23,9 @@ class Branch(nn.Module):
         self.up = nn.Parameter(low.B.new_zeros(d_out)) if biased else None
 
     def shift(self):
-        return 0 if self.down is None else self.low.factors()[0] @ self.down + self.low.scale * self.up
+        if self.down is None:
+            return 0
+        return self.low.scale * self.low.partners()[0] @ self.down + self.low.scale * self.up
 
 
 class HydraDelta(Delta):

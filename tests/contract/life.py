@@ -97,6 +97,7 @@ def training(spelling: str, folder: Path) -> list[str]:
     adapted = start(c)
     killed, losses = run(c, adapted, folder)
     resume(c, adapted, killed, losses)
+    adapted.eval()  # some parts let training compute something else: a sample, the same in other roundings
     finish(c, adapted)
     reload(c, adapted, folder)
     copies(c, adapted)
@@ -196,7 +197,7 @@ def reload(c: Life, adapted: Adapted, folder: Path) -> None:
     y, state = c.output(adapted), cloned(adapted.adapter.state_dict())
     adapted.save(folder / "trained")
     rng = torch.random.get_rng_state()
-    loaded = load(copy.deepcopy(c.base), folder / "trained")
+    loaded = load(copy.deepcopy(c.base), folder / "trained").eval()
     c.ok(torch.equal(rng, torch.random.get_rng_state()), "load moves torch's generator")
     c.ok(torch.equal(c.output(loaded), y), "load differs")
     c.ok(loaded.num_trainable() == adapted.num_trainable(), "what is loaded cannot be trained on")
@@ -208,8 +209,8 @@ def reload(c: Life, adapted: Adapted, folder: Path) -> None:
             77, replace(c.config, rank=c.config.rank - 1, **({"alpha": 3.0} if hasattr(c.config, "alpha") else {}))
         )
         other.adapter.load(state)
-        c.ok(torch.equal(c.output(other), y), "loading depends on the config's rank or alpha")
-    exported = c.build(79, c.bare())
+        c.ok(torch.equal(c.output(other.eval()), y), "loading depends on the config's rank or alpha")
+    exported = c.build(79, c.bare()).eval()
     exported.adapter.load(cloned(adapted.adapter.export()))
     c.ok(torch.equal(c.output(exported), y), "export into the bare structure differs")
 
@@ -240,7 +241,7 @@ def refusals(c: Life, adapted: Adapted) -> None:
         "a longer last dimension": ({**state, name: longer(state[name], -1)}, ""),
     }
     for what, (given, word) in wrong.items():
-        victim = begun(c.build(80), c.data)
+        victim = begun(c.build(80), c.data).eval()
         before, y = cloned(victim.adapter.state_dict()), c.output(victim)
         c.refused(lambda v=victim, g=given: v.adapter.load(g), f"loading {what}", word)
         c.ok(
@@ -359,7 +360,7 @@ def numbers(spelling: str) -> list[str]:
     wide.x, wide.data = wide.x.double(), Regression(wide.base)
     adapted = begun(wide.build(), wide.data)
     train(adapted, wide.data, adapted.optimizer(adamw, 3), steps=3)
-    perturb(adapted.adapter, 0.1)
+    perturb(adapted.eval().adapter, 0.1)
     c.ok(all(p.dtype == torch.float64 for p in adapted.adapter.parameters()), "a float64 base has a narrower adapter")
     wide.forward_is_weight(adapted, "in float64")
     y = adapted(wide.x).detach()
@@ -367,7 +368,7 @@ def numbers(spelling: str) -> list[str]:
         adapted.merge()
         wide.ok(close(adapted(wide.x), y, 5), "merge differs in float64")
         adapted.unmerge()
-    single = c.build()
+    single = c.build().eval()
     single.adapter.load({n: t.float() if t.is_floating_point() else t for n, t in adapted.adapter.state_dict().items()})
     c.ok(close(c.output(single), y, 5), "float32 is far from float64")
     return c.bad + wide.bad + half(spelling)
@@ -389,7 +390,7 @@ def half(spelling: str) -> list[str]:
     train(adapted, data, adapted.optimizer(adamw, 8), steps=8)
     after = overall(adapted, data)
     c.ok(after < before, f"in bfloat16 the loss goes from {before:.4f} to {after:.4f}")
-    perturb(adapted.adapter, 0.1)
+    perturb(adapted.eval().adapter, 0.1)
     y = adapted(x).detach()
     if adapted.adapter.mergeable:
         adapted.merge(dtype=torch.float32)
