@@ -109,6 +109,7 @@ MUTANTS = [  # file, what stands there, what stands there instead, where
     ("targets.py", "                _refuse_unfit(entry, modules, able)\n", "                pass\n", "merge/B04"),
     ("targets.py", "if tail and seen < count", "if False", "target/B08"),
     ("targets.py", 'name.endswith("." + entry)', "name.endswith(entry)", "target/B08"),
+    ("variants/allora.py", ".clamp_min(0).sqrt()", ".clamp_min(0)", "@allora"),
     ("variants/bitfit.py", "if first else self.delta", "if False else self.delta", "@bitfit"),
     ("variants/block_lora.py", "x.unflatten(-1, (self.arms, -1)).sum(-2)",
      "x.unflatten(-1, (-1, self.arms)).sum(-1)", "@block_lora"),
