@@ -134,6 +134,8 @@ MUTANTS = [  # file, what stands there, what stands there instead, where
     ("variants/dora.py", "(self.square > 0) & (square > 0)", "square > 0", "@dora"),
     ("variants/fact.py", ".permute(2, 0, 3, 1)", ".permute(2, 1, 3, 0)", "@fact"),
     ("variants/fact.py", 'len(state[f"{n}.P"]) == rank', "True", "@fact"),
+    ("variants/flora_opt.py", "state[\"moment\"] = down(whole, p)", "pass", "@flora_opt"),
+    ("variants/flora_opt.py", "/ rank**0.5", "/ rank", "@flora_opt"),
     ("variants/fourierft.py", 'fft(z, norm="forward")', "fft(z)", "@fourierft"),
     ("variants/full.py", "self.dense_bias - base.bias", "self.dense_bias", "full+dora"),
     ("variants/full.py", "to(dtype, copy=True).contiguous()", "to(dtype).contiguous()", "full+dora"),
