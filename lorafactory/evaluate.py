@@ -41,9 +41,23 @@ def predict(adapted: Adapted, task: Any, split: str, batch_size: int, accelerato
 
 
 def score(adapted: Adapted, task: Any, split: str, batch_size: int, accelerator: Accelerator) -> tuple[dict, list]:
-    """(metrics, raw predictions) of a split."""
-    predictions = predict(adapted, task, split, batch_size, accelerator)
-    return task.metrics(predictions, task.references(split)), predictions
+    """(metrics, raw predictions) of a split. Under a posterior the predictions are those of its mean, or the mean of
+    those of its draws with their spread, and how well calibrated they are stands among the metrics."""
+    posterior = adapted.adapter.posterior if adapted.mount.on else None
+    draws, more = posterior.samples if posterior else 0, dict[str, Any]()
+    if posterior is not None and draws:
+        found = []
+        for _ in range(draws):
+            with posterior.drawn():
+                found.append(predict(adapted, task, split, batch_size, accelerator))
+        predictions, spread = task.average(found)
+        more = {"samples": draws, "spread": spread}
+    else:
+        predictions = predict(adapted, task, split, batch_size, accelerator)
+    references = task.references(split)
+    if posterior is not None:
+        more |= task.calibration(predictions, references)
+    return task.metrics(predictions, references) | more, predictions
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any, List, Optional  # noqa: UP035  OmegaConf 2.3 resolves th
 
 from .errors import UserError
 
-AXES = ("structure", "decomposition", "budget", "init", "routing", "dynamics")  # also the order in which hooks run
+AXES = ("structure", "decomposition", "budget", "init", "routing", "dynamics", "posterior")  # also the order in which hooks run
 PARTS = AXES[1:]
 WRAPPING = ("decomposition", "routing")  # parts whose build() wraps deltas: they define the function too
 _classes: dict[str, type] = {}
@@ -108,6 +108,10 @@ class DynamicsConfig(Named): ...
 
 
 @dataclass
+class PosteriorConfig(Named): ...
+
+
+@dataclass
 class StructureConfig(Named):
     """target_modules: names, dotted suffixes, regular expressions, `all-linear` or `all`; one or a list of them.
     trained_modules: modules trained whole, as copies; null: the model's task head, where it has one."""
@@ -119,6 +123,7 @@ class StructureConfig(Named):
     init: InitConfig = field(default_factory=InitConfig)
     routing: RoutingConfig = field(default_factory=RoutingConfig)
     dynamics: DynamicsConfig = field(default_factory=DynamicsConfig)
+    posterior: PosteriorConfig = field(default_factory=PosteriorConfig)
 
     def __post_init__(self) -> None:
         wanted = [self.target_modules] if isinstance(self.target_modules, str) else self.target_modules
@@ -141,6 +146,7 @@ CONFIGS: dict[str, type[Named]] = {
     "init": InitConfig,
     "routing": RoutingConfig,
     "dynamics": DynamicsConfig,
+    "posterior": PosteriorConfig,
 }
 
 

@@ -4,7 +4,7 @@ from .adapter import Adapter
 from .delta import Additive, Copy, Delta, Wrapper, exact, kronecker, linear, numbers
 from .elastic import Elastic
 from .low_rank import LowRank
-from .part import Decomposition, Init, Part, Stage, Step, Structure
+from .part import Decomposition, Init, Part, Posterior, Stage, Step, Structure
 from .peft import Peft
 from .singular import Singular
 from .site import Base, Site
@@ -23,6 +23,7 @@ __all__ = [
     "LowRank",
     "Part",
     "Peft",
+    "Posterior",
     "Site",
     "Sparse",
     "Singular",

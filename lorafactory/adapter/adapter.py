@@ -15,7 +15,7 @@ from ..errors import UserError
 from .delta import Copy, Delta, exact
 from .elastic import Elastic
 from .low_rank import LowRank
-from .part import Part, Stage, Step, Structure
+from .part import Part, Posterior, Stage, Step, Structure
 from .site import Site
 
 WRITING = ("attach", "begin", "end", "before_step", "after_step")  # hooks that may change numbers
@@ -56,6 +56,10 @@ class Adapter(nn.Module):
         if hook in WRITING:
             kernels.changed()
         return found
+
+    @property
+    def posterior(self) -> Posterior | None:
+        return next((p for axis, p in self.parts.items() if axis == "posterior"), None)  # type: ignore[return-value]
 
     # what is inside, however deeply wrapped
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.nn as nn
@@ -11,6 +12,16 @@ from torch import Tensor
 
 from .delta import dropped, linear
 from .elastic import Elastic
+
+
+class Noise(Protocol):
+    """What a posterior adds to a pair's A [rank, d_in]; its own numbers follow the pair's ranks."""
+
+    def __call__(self) -> Tensor | None: ...
+
+    def keep(self, index: Tensor) -> None: ...
+
+    def resize(self, rank: int) -> None: ...
 
 
 class LowRank(Elastic):
@@ -44,6 +55,7 @@ class LowRank(Elastic):
         self.gate_start: float | None = None
         self.unit_norm = False  # start() moves the norms of A's rows and B's columns into the gate
         self.silenced = False  # something outside holds the update at zero: see randomize
+        self.noise: Noise | None = None  # what a posterior adds to A
         self.row_rates: Callable[[LowRank], Tensor] | None = None  # see factors
         self.A = nn.Parameter(torch.empty(rank, d_in, dtype=dtype, device=like.device))
         self.B = nn.Parameter(torch.empty(d_out, rank, dtype=dtype, device=like.device))
@@ -78,9 +90,11 @@ class LowRank(Elastic):
     def trained(self) -> tuple[Tensor, Tensor]:
         """factors() without the past."""
         s = self.scale if self.gate is None else self.scale * self.gate
+        drawn = None if self.noise is None else self.noise()
+        a = self.A if drawn is None else self.A + drawn
         if self.A0 is None or self.B0 is None:
-            return self.B * s, self.A
-        return torch.cat([self.B * s, self.B0 * -s], 1), torch.cat([self.A, self.A0], 0)
+            return self.B * s, a
+        return torch.cat([self.B * s, self.B0 * -s], 1), torch.cat([a, self.A0], 0)
 
     def partners(self) -> tuple[Tensor, Tensor]:
         """(B diag(gate), diag(gate) A): what a change of A, and one of B, is multiplied by in the update, but for scale."""
@@ -202,6 +216,8 @@ class LowRank(Elastic):
         self.A, self.B = new(self.A, rank, self.A.shape[1]), new(self.B, self.B.shape[0], rank)
         if self.gate is not None:
             self.gate = new(self.gate, rank)
+        if self.noise is not None:
+            self.noise.resize(rank)
         self.fresh()
 
     @torch.no_grad()
@@ -213,6 +229,8 @@ class LowRank(Elastic):
                 setattr(self, name, nn.Parameter(t.detach().index_select(dim, index), t.requires_grad))
         if self.A0 is not None and self.B0 is not None:
             self.A0, self.B0 = self.A0.index_select(0, index), self.B0.index_select(1, index)
+        if self.noise is not None:
+            self.noise.keep(index)
 
     @torch.no_grad()
     def add_gate(self, start: float | None = None, unit_norm: bool = False) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -186,6 +187,24 @@ class Decomposition(Part):
         if inner is None or isinstance(inner, Copy) or not site.is_linear:
             return inner
         return self.delta(inner, site)  # type: ignore[call-arg]
+
+
+class Posterior(Part):
+    """A distribution over an adapter's numbers: training draws from it. Evaluation uses its mean, or where `samples` asks
+    for it, the mean of what so many draws predict."""
+
+    axis = "posterior"
+
+    @property
+    def samples(self) -> int:
+        """Draws that an evaluation averages over; 0: none, the mean of the numbers is evaluated."""
+        return 0
+
+    @contextlib.contextmanager
+    def drawn(self) -> Iterator[None]:
+        """Inside, the adapter computes with one draw, the same for every batch."""
+        raise NotImplementedError
+        yield
 
 
 class Init(Part):

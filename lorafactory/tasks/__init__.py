@@ -115,6 +115,14 @@ class Task:
         """name -> float, or None beside `<name>_undefined`: why; and `constant_prediction`."""
         raise NotImplementedError
 
+    def average(self, draws: list[list[Any]]) -> tuple[list[Any], float]:
+        """The mean prediction of every row over several draws of a posterior, and how far the draws lie apart."""
+        raise UserError(f"predictions of {self.kind} have no mean: evaluate the posterior's own (samples=0)")
+
+    def calibration(self, predictions: list[Any], references: list[Any]) -> dict[str, float]:
+        """How well the predictions' own probabilities hold, where they have any."""
+        return {}
+
     def describe(self) -> dict[str, Any]:
         """For the record: where the data came from, what they are, how they were split."""
         raise NotImplementedError

@@ -23,7 +23,7 @@ class Classification(Drawn):
     """Classes are known by name. Their order is the data's own, else that of `labels`, else sorted over the source's
     training split."""
 
-    known_metrics: ClassVar[dict[str, Callable]] = metrics.CLASSES
+    known_metrics: ClassVar[dict[str, Callable]] = metrics.CLASSES | metrics.PROBABILITIES
     labels: list[str]
     inputs: dict[str, list[Any]]  # split -> what the rows hold beside their targets, as read() gives it
 
@@ -46,6 +46,8 @@ class Classification(Drawn):
         super().__init__(config)
         for name in config.metrics:
             metrics.metric(name, self.known_metrics)
+        if config.primary in metrics.PROBABILITIES:
+            raise UserError(f"task.primary={config.primary} is an error, smaller where it is better: judge by another metric")
         self.primary = config.primary
 
     def read(self) -> dict[str, Raw]:
@@ -103,6 +105,18 @@ class Classification(Drawn):
 
     def metrics(self, predictions: list[Any], references: list[Any]) -> dict[str, Any]:
         return metrics.classify(list(self.config.metrics), predictions, references)
+
+    def average(self, draws: list[list[Any]]) -> tuple[list[Any], float]:
+        """Logarithms of the mean probabilities; the standard deviation over draws of the probability of the class that
+        they predict, mean over rows."""
+        p = metrics.probabilities(np.asarray(draws, np.float64))
+        mean = p.mean(0)
+        chosen = mean.argmax(-1)
+        spread = np.take_along_axis(p, chosen[None, :, None], -1).std(0).mean()
+        return np.log(np.maximum(mean, np.finfo(np.float64).tiny)).tolist(), float(spread)
+
+    def calibration(self, predictions: list[Any], references: list[Any]) -> dict[str, float]:
+        return metrics.calibration(predictions, references)
 
     def given(self) -> dict[str, list[Any]]:
         return self.inputs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import comb
 from typing import Any
 
@@ -72,8 +72,29 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     return (draws - comb(samples - correct, k)) / draws
 
 
+def probabilities(logits: np.ndarray) -> np.ndarray:
+    """softmax over the last dimension."""
+    e = np.exp(logits - logits.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def ece(p: np.ndarray, true: np.ndarray, bins: int = 15) -> float:
+    """Expected calibration error (Guo et al. 2017, arXiv 1706.04599): |accuracy - confidence| in 15 bins of the largest
+    probability, of equal width, by how many rows each holds. Smaller is better."""
+    confidence, hit = p.max(1), p.argmax(1) == true
+    place = np.minimum(np.ceil(confidence * bins).astype(int) - 1, bins - 1)
+    off = [abs((hit[place == b] - confidence[place == b]).sum()) for b in np.unique(place)]
+    return float(sum(off) / len(true))
+
+
+def brier(p: np.ndarray, true: np.ndarray) -> float:
+    """Brier's score: the squared distance of the probabilities from the one-hot truth, 0 to 2. Smaller is better."""
+    return float(np.square(p - np.eye(p.shape[1])[true]).sum(1).mean())
+
+
 Metric = Callable[[np.ndarray, np.ndarray], float]
 CLASSES: dict[str, Metric] = {f.__name__: f for f in (accuracy, f1, macro_f1, matthews)}
+PROBABILITIES: dict[str, Metric] = {f.__name__: f for f in (ece, brier)}
 NUMBERS: dict[str, Metric] = {f.__name__: f for f in (pearson, spearman)}
 
 
@@ -84,8 +105,17 @@ def metric(name: str, among: dict[str, Metric]) -> Metric:
 
 
 def classify(names: list[str], logits: list[list[float]], references: list[int]) -> dict[str, Any]:
-    """Every named metric of the largest logit's class; see Task.metrics for the shape of the answer."""
-    return _compute(names, CLASSES, logits, references, lambda scores: scores.argmax(1))
+    """Every named metric of the largest logit's class, or of all of them; see Task.metrics for the shape of the answer."""
+    chosen = [n for n in names if n not in PROBABILITIES]
+    found = _compute(chosen, CLASSES, logits, references, lambda scores: scores.argmax(1))
+    return found | calibration(logits, references, [n for n in names if n in PROBABILITIES])
+
+
+def calibration(logits: list[list[float]], references: list[int], names: Iterable[str] = PROBABILITIES) -> dict[str, Any]:
+    """How well the probabilities hold, by the named metrics of PROBABILITIES."""
+    found = _compute(list(names), PROBABILITIES, logits, references, probabilities)
+    del found["constant_prediction"]  # of probabilities, which says nothing
+    return found
 
 
 def regress(names: list[str], predictions: list[list[float]], references: list[float]) -> dict[str, Any]:

@@ -55,6 +55,14 @@ class Regression(Text):
     def metrics(self, predictions: list[Any], references: list[Any]) -> dict[str, Any]:
         return metrics.regress(list(self.config.metrics), predictions, references)
 
+    def average(self, draws: list[list[Any]]) -> tuple[list[Any], float]:
+        """Means, and the standard deviation over draws, mean over rows."""
+        found = np.asarray(draws, np.float64)
+        return found.mean(0).tolist(), float(found.std(0).mean())
+
+    def calibration(self, predictions: list[Any], references: list[Any]) -> dict[str, float]:
+        return {}
+
     def describe_targets(self) -> dict[str, Any]:
         return {"range": {s: [min(self.targets[s]), max(self.targets[s])] for s in SPLITS}}
 

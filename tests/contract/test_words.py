@@ -128,11 +128,11 @@ def test_loading_into_another_variant_is_refused_or_means_the_same(name):
     torch.manual_seed(0)
     base = Net()
     data, x = Regression(base), torch.randn(3, 5, 24)
-    source = attached(name, base, data, trained_modules=["head"])
+    source = attached(name, base, data, trained_modules=["head"]).eval()
     perturb(source.adapter, 0.1)
     y, state = source(x), {n: t.clone() for n, t in source.adapter.state_dict().items()}
     for other in registry.names():
-        target = attached(other, base, data, seed=6, trained_modules=["head"])
+        target = attached(other, base, data, seed=6, trained_modules=["head"]).eval()
         before, y_before = copy.deepcopy(target.adapter.state_dict()), target(x)
         try:
             target.adapter.load(state)

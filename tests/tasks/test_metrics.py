@@ -111,3 +111,27 @@ def test_pass_at_k_needs_k_samples():
     refused(lambda: metrics.pass_at_k(5, 2, 0), "pass@0")
     with pytest.raises(ValueError, match="6 of 5"):
         metrics.pass_at_k(5, 6, 1)
+
+
+def test_probabilities_by_hand():
+    """Four rows said with 3/4: three right is calibrated; all wrong is off by 3/4. Brier: 2 (1/4)^2 or 2 (3/4)^2 a row."""
+    rows = np.log([[0.75, 0.25]] * 4).tolist()
+    right, wrong = metrics.calibration(rows, [0, 0, 0, 1]), metrics.calibration(rows, [1, 1, 1, 1])
+    assert right == {"ece": pytest.approx(0), "brier": pytest.approx((3 * 0.125 + 1.125) / 4)}
+    assert wrong == {"ece": pytest.approx(0.75), "brier": pytest.approx(1.125)}
+    named = metrics.classify(["accuracy", "brier"], rows, [0, 0, 0, 1])
+    assert named == {"accuracy": 0.75, "constant_prediction": True, "brier": right["brier"]}
+
+
+def test_calibration_is_weighted_by_rows_and_brier_is_sklearns():
+    rng = np.random.default_rng(0)
+    logits_, true = rng.normal(size=(200, 2)), rng.integers(2, size=200)
+    p = metrics.probabilities(logits_)
+    assert metrics.brier(p, true) == pytest.approx(2 * sklearn.brier_score_loss(true, p[:, 1]))
+    edges, off = np.linspace(0, 1, 16), 0.0
+    for low, high in zip(edges, edges[1:], strict=False):
+        held = (p.max(1) > low) & (p.max(1) <= high)
+        if held.any():
+            off += held.mean() * abs((p.argmax(1) == true)[held].mean() - p.max(1)[held].mean())
+    assert metrics.ece(p, true) == pytest.approx(off)
+    assert metrics.ece(np.eye(2)[true], true) == metrics.brier(np.eye(2)[true], true) == 0.0
