@@ -1,7 +1,9 @@
 from dataclasses import dataclass
+from typing import Optional
 
 import torch
 
+from .. import eight_bits
 from ..adapter import Part
 from ..detour import Detour
 from ..errors import UserError
@@ -27,11 +29,21 @@ class GaLoreOptimizer(Detour):
         return {p for _, p in self.part.adapter.dense() if p.grad is not None}
 
     def step_own(self, groups):
+        # moments in 8 bits are whole numbers for one weight at a time
+        for some in [{p: g} for p, g in groups.items()] if self.part.config.bits else [groups]:
+            self.move(some)
+
+    def move(self, groups):
         bases = {p: self.basis(p) for p in groups}
+        for p in groups:
+            eight_bits.unpack(self.state[p], p.dtype)
         changes = self.change({p: down(p.grad, **bases[p]) for p in groups})
         for p, group in groups.items():
             p.add_(up(changes[p], **bases[p]), alpha=self.part.config.scale)
             p.mul_(1 - group["lr"] * group.get("weight_decay", 0.0))
+            if self.part.config.bits:
+                moments = [n for n, t in self.state[p].items() if torch.is_tensor(t) and t.dim() and n not in bases[p]]
+                eight_bits.pack(self.state[p], moments)
             self.state[p].update(bases[p], projections=self.state[p].get("projections", 0) + 1)
 
     def basis(self, p):
@@ -66,7 +78,8 @@ class GaLore(Part):
     linear layer (embeddings, norms, biases, the head) takes the optimiser's plain step.
 
     Cost: an SVD a weight every `every` steps; AdamW's state is 2 rank max(d_out, d_in) numbers a weight instead of
-    2 d_out d_in, and the projector rank min(d_out, d_in) (std)."""
+    2 d_out d_in, and the projector rank min(d_out, d_in) (std); bits=8 keeps that state, the projector apart, in a byte a
+    number, as their 8-bit AdamW does but for moments of fewer than 4096 entries, which theirs leaves whole."""
 
     paper = "GaLore, arXiv 2403.03507"
     axis, needs, over = "dynamics", frozenset({"dense"}), "full"
@@ -75,20 +88,25 @@ class GaLore(Part):
     class Config(DynamicsConfig):
         """rank: of the projected gradient; every: optimiser steps between projectors (the authors' update_proj_gap);
         scale: of the update (the paper's alpha); proj_type: std projects the longer side away, reverse_std the
-        shorter, left and right always d_out or d_in, full both."""
+        shorter, left and right always d_out or d_in, full both; bits: 8 keeps the moments in 8 bits (bitsandbytes)."""
 
         rank: int = 8
         every: int = 200
         scale: float = 4.0
         proj_type: str = "std"
+        bits: Optional[int] = None  # noqa: UP045  OmegaConf
 
         def check(self):
             self.check_least(1, "rank", "every")
             if self.scale <= 0:
                 raise UserError(f"scale is {self.scale}; it must be positive")
             self.check_choices(proj_type=SIDES)
+            if self.bits not in (None, 8):
+                raise UserError(f"bits is {self.bits}; it takes 8, or null for whole moments")
 
     def attach(self):
+        if self.config.bits:
+            eight_bits.require("variant.dynamics.bits=8")
         self.register_buffer("refreshes", torch.zeros((), dtype=torch.long))
         for site, p in self.adapter.dense():
             if self.config.rank > min(p.shape):

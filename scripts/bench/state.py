@@ -28,6 +28,7 @@ CASES: list[tuple[str, dict[str, Any], str, str]] = [
     ("lora_pro", {}, "LoRA-Pro, Adam form", "2 m n"),
     ("full", {}, "full weights, AdamW", "2 m n"),
     ("galore", {"rank": 8}, "GaLore, AdamW", "2 r max(m, n) + r min(m, n)"),
+    ("galore", {"rank": 8, "bits": 8}, "GaLore, AdamW in 8 bits", "(2 r max(m, n)) / 4 + r min(m, n)"),
     ("flora_opt", {"rank": 8}, "Flora", "r max(m, n) + m + n"),
 ]
 

@@ -1,11 +1,14 @@
+import importlib.util
+
 import pytest
 import torch
 import torch.nn as nn
 from support import Net, Regression, adamw, attached, close, loss, same, train
 
-from lorafactory import UserError, attach, checkpoint
+from lorafactory import UserError, attach, checkpoint, eight_bits
 
 SMALL = {"rank": 4, "every": 4}
+CHANGES = {"bits": ([8], {})}
 TARGETS = ["fc1", "fc2", "fc3"]  # [40, 24], [24, 40], [24, 24]
 TYPES = {  # the sides of tall, wide and square weights
     "std": ("right", "left", "right"),
@@ -252,3 +255,58 @@ def test_a_rank_above_a_weight_is_refused():
     for wrong in ({"rank": 0}, {"every": 0}, {"scale": 0.0}, {"proj_type": "both"}):
         with pytest.raises(UserError, match=next(iter(wrong))):
             attach(Net(), "galore", dynamics=wrong)
+
+
+def test_moments_in_eight_bits():
+    """Codes of a byte and a scale for 256 of them; the projector is whole. Losses stay near those of whole moments."""
+    pytest.importorskip("bitsandbytes", reason="8-bit moments are bitsandbytes'")
+    losses = []
+    for bits in (None, 8):
+        adapted, data = setting(bits=bits, every=4)
+        optimizer = adapted.optimizer(adamw, 12)
+        losses.append(train(adapted, data, optimizer, steps=12))
+    for p in weights(adapted).values():
+        state = optimizer.state[p]
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert state[name].dtype == torch.uint8 and state[name + "_scale"].numel() == -(-state[name].numel() // 256)
+        assert not {"left_scale", "right_scale"} & state.keys()
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert losses[1][-1] < losses[1][0]
+
+
+def test_eight_bits_are_within_a_level_of_the_numbers():
+    pytest.importorskip("bitsandbytes", reason="8-bit moments are bitsandbytes'")
+    whole = {"exp_avg": torch.randn(40, 4), "exp_avg_sq": torch.rand(40, 4) ** 4, "step": torch.tensor(3.0)}
+    state = dict(whole)
+    eight_bits.pack(state, ["exp_avg", "exp_avg_sq"])
+    state = {n: t.float() for n, t in state.items()}  # as load_state_dict gives them back
+    eight_bits.unpack(state, torch.float32)
+    assert state.keys() == whole.keys() and state["step"] == 3
+    for name, t in whole.items():
+        assert (state[name] - t).abs().max() < 0.02 * t.abs().max() and (name == "step" or not torch.equal(state[name], t))
+
+
+@pytest.mark.parametrize("at", [3, 4])
+def test_eight_bits_resume(at, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="8-bit moments are bitsandbytes'")
+    straight, data = setting(bits=8, every=4)
+    want = train(straight, data, straight.optimizer(adamw, 7), steps=7)
+    first, _ = setting(bits=8, every=4)
+    optimizer = first.optimizer(adamw, 7)
+    train(first, data, optimizer, steps=at)
+    checkpoint.save(first, tmp_path / "a", {"step": at}, optimizer)
+    again, _ = setting(bits=8, every=4)
+    checkpoint.restore(again, tmp_path / "a")
+    optimizer = again.optimizer(adamw, 7)
+    optimizer.lifecycle.index = checkpoint.restore_optimizer(optimizer, tmp_path / "a")["step"]
+    assert train(again, data, optimizer, start=at, steps=7) == want[at:]
+    assert same(again.adapter.state_dict(), straight.adapter.state_dict())
+
+
+def test_eight_bits_without_bitsandbytes_are_refused(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == "bitsandbytes" else find(n, *a))
+    with pytest.raises(UserError, match="bits=8 needs the package bitsandbytes"):
+        setting(bits=8)
+    with pytest.raises(UserError, match="bits is 4"):
+        setting(bits=4)
