@@ -141,6 +141,7 @@ MUTANTS = [  # file, what stands there, what stands there instead, where
     ("variants/fourierft.py", 'fft(z, norm="forward")', "fft(z)", "@fourierft"),
     ("variants/full.py", "self.dense_bias - base.bias", "self.dense_bias", "full+dora"),
     ("variants/full.py", "to(dtype, copy=True).contiguous()", "to(dtype).contiguous()", "full+dora"),
+    ("eight_bits.py", ".to(torch.uint8)", "", "@galore"),
     ("variants/galore.py", " and n not in bases[p]", "", "@galore"),
     ("variants/gated_lora.py", "torch.sigmoid(linear(x, *self.gate))", "torch.sigmoid(linear(x, self.gate[0]))", "@gated_lora"),
     ("variants/hra.py", "(u.mT @ u).triu(1)", "(u.mT @ u).tril(-1).mT.triu(2)", "@hra"),

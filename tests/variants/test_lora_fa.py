@@ -147,3 +147,29 @@ def test_a_penalty_on_the_factors_is_refused():
     for name in [n for n in registry.names() if "penalty on the factors" in registry.get(n).does]:
         with pytest.raises(UserError, match="penalty on the factors"):
             registry.config(f"{name}+lora_fa")
+
+
+def test_equal_to_peft():
+    """Ten steps. PEFT's AdamW adds eps before the bias is corrected, so eps is small here."""
+    peft = pytest.importorskip("peft", reason="needs PEFT to compare with")
+    from peft.optimizers import create_lorafa_optimizer
+
+    adapted, data = setting(rank=4, alpha=8.0)
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS)
+    theirs = peft.get_peft_model(Net().double(), config, autocast_adapter_dtype=False)
+    layers = {n: theirs.base_model.model.get_submodule(n) for n in pairs(adapted)}
+    for n, low in pairs(adapted).items():
+        layers[n].lora_A.default.weight.data.copy_(low.A)
+    optimizer = adapted.optimizer(lambda groups: torch.optim.AdamW(groups, lr=1e-2, eps=1e-14, weight_decay=0.0), 10)
+    other = create_lorafa_optimizer(theirs, r=4, lora_alpha=8, lr=1e-2)
+    for g in other.param_groups:
+        g["eps"] = 1e-14
+    for i in range(10):
+        for model, o in ((adapted, optimizer), (theirs, other)):
+            o.zero_grad()
+            loss(model, data(i + 1)[i]).backward()
+            o.step()
+    for n, low in pairs(adapted).items():
+        theirs_b = layers[n].lora_B.default.weight
+        assert (low.B - theirs_b).abs().max() < 1e-6 < 0.01 < low.B.abs().max()

@@ -229,3 +229,25 @@ WRONG = [{"experts": 1}, {"size": -1.0}, {"kl_weight": -1.0}, {"samples": -1}, {
 def test_values_without_meaning(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         setting(**wrong)
+
+
+def test_equal_to_peft():
+    """Its KL terms with their sign, its mixture weights and variances on the same normal draws, its noise on average."""
+    pytest.importorskip("peft", reason="needs PEFT to compare with")
+    sampling = pytest.importorskip("peft.tuners.lora.monteclora", reason="this PEFT has no MonteCLoRA")
+    options = {"sample_scaler": 0.3, "kl_loss_weight": 1.0, "dirichlet_prior": 1.5, "device": "cpu"}
+    theirs = sampling.MontecloraSampler(24, 3, 5, buffer_size=500, dtype=torch.float64, **options).train()
+    c = cloud(experts=5, size=0.3, kl_weight=1.0, prior=1.5, official_kl=True)
+    with torch.no_grad():
+        c.tau.copy_(theirs.std_prior)
+        c.kappa.copy_(theirs.expert_weights_prior)
+        ours = torch.stack([c.draw() for _ in range(2000)])
+        found = [theirs() for _ in range(2000)]
+        drawn = torch.stack([torch.einsum("n,nij->ji", w, v) for v, w in found])
+    alpha = c.kappa.exp().detach()
+    assert close(monteclora.dirichlet_kl(alpha, 1.5, True), theirs.dirichlet_kl(alpha), 1e5)  # they take float32
+    assert close(monteclora.wishart_kl(c.tau), theirs.wishart_kl(torch.diag(c.tau.exp())))
+    z = torch.randn(5, dtype=torch.float64)
+    weights = monteclora.logistic_mean(alpha) + monteclora.logistic_variance(alpha).sqrt() * z
+    assert torch.allclose(weights, theirs.dirichlet_reparameterization(alpha, z), atol=1e-5)  # 1e-6 more on their variance
+    assert torch.allclose(ours.std((0, 2)), drawn.std((0, 2)), rtol=0.05)

@@ -150,3 +150,28 @@ def test_resume(tmp_path):
 def test_values_without_meaning():
     with pytest.raises(UserError, match="damping"):
         setting(damping=-1.0)
+
+
+def test_equal_to_peft():
+    """Ten steps of its scaled AdamW, with a decay."""
+    peft = pytest.importorskip("peft", reason="needs PEFT to compare with")
+    from peft.optimizers import create_riemannian_optimizer
+
+    adapted, data = setting(damping=1e-2, rank=4, alpha=8.0)
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS)
+    theirs = peft.get_peft_model(Net().double(), config, autocast_adapter_dtype=False)
+    layers = {n: theirs.base_model.model.get_submodule(n) for n in pairs(adapted)}
+    for n, low in pairs(adapted).items():
+        layers[n].lora_A.default.weight.data.copy_(low.A)
+    options = {"lr": 1e-2, "weight_decay": 0.1}
+    optimizer = adapted.optimizer(lambda groups: torch.optim.AdamW(groups, **options), 10)
+    other = create_riemannian_optimizer(theirs, torch.optim.AdamW, reg=1e-2, **options)
+    for i in range(10):
+        for model, o in ((adapted, optimizer), (theirs, other)):
+            o.zero_grad()
+            loss(model, data(i + 1)[i]).backward()
+            o.step()
+    for n, low in pairs(adapted).items():
+        assert close(low.A, layers[n].lora_A.default.weight, 100) and close(low.B, layers[n].lora_B.default.weight, 100)
+        assert low.B.abs().max() > 0.01
