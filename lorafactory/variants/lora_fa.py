@@ -34,7 +34,7 @@ class LoRAFA(Part):
     [..., rank]: autograd keeps an input for what trains alone. Dropout of what A reads keeps its mask."""
 
     paper = "LoRA-FA, arXiv 2308.03303"
-    axis, needs, does = "dynamics", frozenset({"low_rank"}), frozenset({"freezes A"})
+    axis, needs = "dynamics", frozenset({"low_rank"})
     minds = frozenset({"penalty on the factors"})  # A would not follow, and it reads the gradient of W out of that of B
 
     @dataclass

@@ -9,6 +9,7 @@ from ..errors import UserError
 from ..registry import PosteriorConfig, register
 
 LEAST_VARIANCE, LEAST = 1e-3, 1e-6
+DRAWN = {"fixed": None, "sigma": None, "pi": None}  # of the last draw: what all read until it is forgotten, Sigma and pi
 
 
 class Cloud(Elastic):
@@ -19,9 +20,12 @@ class Cloud(Elastic):
 
     def __init__(self, low: LowRank, config):
         super().__init__()
-        self.__dict__.update(low=low, config=config, fixed=None, sigma=None, pi=None)
+        self.__dict__.update(low=low, config=config, **DRAWN)
         self.tau = nn.Parameter(torch.rand_like(low.A[:, 0]))
         self.kappa = nn.Parameter(torch.rand(config.experts).to(low.A))
+
+    def __getstate__(self):
+        return {**self.__dict__, **DRAWN}  # what a pass drew belongs to its graph, which no copy has
 
     def shapes(self):
         return {"tau": ("r",), "kappa": (self.config.experts,)}
@@ -52,7 +56,7 @@ class Cloud(Elastic):
         return total if self.pi is None or not c.entropy else total + self.pi.square().sum()
 
     def forget(self):
-        self.__dict__.update(fixed=None, sigma=None, pi=None)
+        self.__dict__.update(DRAWN)
 
     @torch.no_grad()
     def keep(self, index):

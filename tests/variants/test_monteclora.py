@@ -187,9 +187,12 @@ def test_ranks_that_go_take_their_scales_along(tmp_path):
 
 
 def test_a_copy_draws_for_itself():
-    adapted, _ = setting()
+    adapted, data = setting()
     perturb(adapted.adapter, 0.3)
+    adapted.adapter.before_forward({})
+    loss(adapted, data(1)[0])
     twin = copy.deepcopy(adapted)
+    assert all(c.sigma is None and c.fixed is None for c in clouds(twin))
     assert all(c.low is low for c, (_, low) in zip(clouds(twin), twin.adapter.low_ranks(), strict=True))
     assert all(low.noise is c for c, (_, low) in zip(clouds(twin), twin.adapter.low_ranks(), strict=True))
 
