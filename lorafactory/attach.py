@@ -129,7 +129,7 @@ class Adapted(nn.Module):
         """The stage's optimiser, with the adapter's life cycle hooked to its step(). make(groups) -> an optimiser with
         a learning rate, e.g. `lambda groups: AdamW(groups, lr=1e-3)`; total: how many steps there will be; head: group
         options of the trained heads. Variants with a penalty need `loss + adapted.penalty()` before backward()."""
-        return Lifecycle(self.adapter, make, total, head).optimizer
+        return Lifecycle(self.adapter, make, total, head, self._stage).optimizer
 
     def penalty(self) -> Tensor | float:
         """What the variant adds to the loss; 0.0 for most."""

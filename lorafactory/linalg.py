@@ -56,6 +56,16 @@ def orthonormal(rows: Tensor) -> Tensor:
     return (q * r.diagonal().sign()).mT
 
 
+def off_orthonormal(rows: Tensor) -> Tensor:
+    """|R R^T - I|^2, zero for orthonormal rows [n, d]."""
+    return (rows @ rows.mT - torch.eye(len(rows), dtype=rows.dtype, device=rows.device)).square().sum()
+
+
+def mean_off_orthonormal(matrices: list[Tensor]) -> Tensor:
+    """The mean of |R R^T - I| over matrices of rows, the norm not squared."""
+    return torch.stack([off_orthonormal(m).clamp_min(1e-24).sqrt() for m in matrices]).mean()
+
+
 def polar(m: Tensor) -> Tensor:
     """The orthogonal matrix that is nearest to m [n, n]."""
     u, _, vt = torch.linalg.svd(m)

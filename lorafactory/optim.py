@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import kernels
-from .adapter import Adapter, Step
+from .adapter import Adapter, Stage, Step
+from .adapter.low_rank import Moved
 from .errors import UserError
 
 
@@ -33,8 +35,10 @@ class Lifecycle:
     """index counts optimiser steps from 0; a resumed run sets it. prepare(): called once gradients are final, before
     the parts see them (clipping follows in `clip`)."""
 
-    def __init__(self, adapter: Adapter, make: Callable, total: int, head: dict[str, float] | None = None):
-        self.adapter, self.total, self.index, self.head = adapter, total, 0, head
+    def __init__(self, adapter: Adapter, make: Callable, total: int, head: dict[str, float] | None = None,
+                 stage: Stage | None = None):  # fmt: skip
+        self.adapter, self.total, self.index, self.head, self.stage = adapter, total, 0, head, stage
+        self.sum: Callable[[Tensor], Tensor] = lambda t: t  # over processes: a training loop of several sets it
         self.clip: float | None = None
         self.norm: float | None = None  # of the gradients of the last step, before clipping
         self.depth = 0  # an optimiser whose step() calls its parent's fires the hooks twice
@@ -91,10 +95,15 @@ class Lifecycle:
         else:
             kernels.leave(self.adapter.parameters())
 
-    def rebuild(self) -> None:
+    def rebuild(self, moved: Moved | None = None) -> None:
         """Train the parameters that the adapter has now, in place: whoever wraps the optimiser keeps the same object.
-        State of parameters that live on is kept, that of replaced ones is forgotten."""
+        State of parameters that live on is kept, that of replaced ones is forgotten, or moved: what has the old one's
+        shape becomes of the new one's, and a count of steps stays."""
         opt = self.optimizer
+        for new, (old, change) in (moved or {}).items():
+            state = opt.state.get(old, {})
+            if state and all(t.shape in (old.shape, ()) for t in state.values() if torch.is_tensor(t)):
+                opt.state[new] = {k: change(t) if torch.is_tensor(t) and t.dim() else t for k, t in state.items()}
         rate = next((g["lr"] / g["lr_scale"] for g in opt.param_groups if g["lr_scale"]), 0.0)
         first = next((g["initial_lr"] / g["lr_scale"] for g in opt.param_groups if g["lr_scale"]), 0.0)
         opt.param_groups.clear()

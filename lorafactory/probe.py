@@ -17,26 +17,35 @@ from .errors import UserError
 
 
 @contextmanager
-def watching(stage: Stage, modules: dict[str, nn.Module], hook: Callable[[str, Any, Any], None]) -> Iterator[None]:
-    """hook(name, first input, output) at every forward of the modules."""
+def evaluating(stage: Stage) -> Iterator[None]:
+    """The model in evaluation mode; modes and the generator are put back."""
     modes = {m: m.training for m in stage.model.modules()}
     stage.model.eval()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        for m, mode in modes.items():
+            m.training = mode
+
+
+@contextmanager
+def watching(stage: Stage, modules: dict[str, nn.Module], hook: Callable[[str, Any, Any], None]) -> Iterator[None]:
+    """hook(name, first input, output) at every forward of the modules."""
 
     def watch(name: str) -> Callable:
         return lambda module, args, kwargs, out: hook(name, args[0] if args else next(iter(kwargs.values()), None), out)
 
     handles = [m.register_forward_hook(watch(n), with_kwargs=True) for n, m in modules.items()]
     try:
-        with torch.random.fork_rng():
+        with evaluating(stage):
             yield
     finally:
         for h in handles:
             h.remove()
-        for m, mode in modes.items():
-            m.training = mode
 
 
-def _lazily(stage: Stage, count: int) -> Iterator[Any]:
+def lazily(stage: Stage, count: int) -> Iterator[Any]:
     """Up to `count` batches. Raises UserError where there is none."""
     got = 0
     for batch in stage.batches(count):
@@ -75,7 +84,7 @@ def each_input(
     where the batch has a mask. Sites that read one tensor one after another (query, key, value) get the same object x.
     Raises UserError for a site that is never called."""
     sites, reached = _sites(stage), set()
-    for batch in _lazily(stage, batches):
+    for batch in lazily(stage, batches):
         rows = _Rows(stage.mask(batch))
 
         def hook(name: str, x: Any, y: Any, rows: _Rows = rows) -> None:
@@ -106,7 +115,7 @@ def states(stage: Stage, names: list[str], samples: int, pooling: str) -> dict[s
     real tokens, its first or its last one. Raises UserError for a module that is never called."""
     found: dict[str, tuple[list[Tensor], list[Tensor]]] = {n: ([], []) for n in names}
     modules = {n: stage.model.model.get_submodule(n) for n in names}
-    for batch in _lazily(stage, samples):
+    for batch in lazily(stage, samples):
         mask = stage.mask(batch)
 
         def hook(name: str, x: Any, y: Any, mask: Tensor | None = mask) -> None:
@@ -154,7 +163,7 @@ def gradients(stage: Stage, batches: int) -> dict[str, Tensor]:
     sites, count = _sites(stage), 0
     trained = [p for p in stage.model.parameters() if p.requires_grad]
     with watching(stage, sites, hook), torch.enable_grad():
-        for batch in _lazily(stage, batches):
+        for batch in lazily(stage, batches):
             torch.autograd.grad(stage.loss(batch), trained, allow_unused=True)
             count += 1
     _all_reached("gradient", sites, sums)

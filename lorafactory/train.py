@@ -64,8 +64,8 @@ class Trainer:
         adapted.remember_base()
         if config.shard:
             shard.shard(adapted, accelerator)
-        self.lifecycle = Lifecycle(adapted.adapter, self._make, self.plan.total, head)
-        self.lifecycle.clip = config.clip or None
+        self.lifecycle: Lifecycle = adapted.optimizer(self._make, self.plan.total, head).lifecycle  # type: ignore[attr-defined]
+        self.lifecycle.clip, self.lifecycle.sum = config.clip or None, self._sum
         self.optimizer = accelerator.prepare(self.lifecycle.optimizer)
         self.call: Any = torch.compile(adapted) if config.compile else adapted
         self.progress = Progress()

@@ -169,8 +169,19 @@ class Adapter(nn.Module):
         for p, m in elastic.items():
             m.allocate(saved[p])
         self.load_state_dict(state)
+        self._tie(state)
         kernels.changed()
         self.started = True
+
+    def _tie(self, state: dict[str, Tensor]) -> None:
+        """Parameters of Elastic modules that were one when they were saved, and so are one tensor in `state`, are one again."""
+        first: dict[int, tuple[Elastic, str]] = {}
+        for prefix, m in self.named_modules():
+            for name in m.shapes() if isinstance(m, Elastic) else ():
+                saved = state.get(f"{prefix}.{name}")
+                if saved is not None and saved.numel() and name in m._parameters:
+                    owner, its = first.setdefault(id(saved), (m, name))
+                    setattr(m, name, getattr(owner, its))
 
 
 def _wrapped(part: Any, make: Callable[[Site], Delta | None]) -> Callable[[Site], Delta | None]:

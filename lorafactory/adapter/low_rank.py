@@ -13,6 +13,9 @@ from torch import Tensor
 from .delta import dropped, linear
 from .elastic import Elastic
 
+# a parameter that replaces another -> (the other, how a tensor of its shape becomes one of the new shape)
+Moved = dict[nn.Parameter, tuple[nn.Parameter, Callable[[Tensor], Tensor]]]
+
 
 class Noise(Protocol):
     """What a posterior adds to a pair's A [rank, d_in]; its own numbers follow the pair's ranks."""
@@ -35,7 +38,7 @@ class LowRank(Elastic):
     scale []                         saved with the factors: loading never depends on a config's rank or alpha, and
                                      it does not follow the rank
 
-    The verbs start, fold, unload, fresh, resize, keep and add_gate are the only ways a part changes it. All but resize keep
+    The verbs start, fold, unload, fresh, resize, keep, grow and add_gate are the only ways a part changes it. All but resize keep
     the update; resize expects it to be zero."""
 
     grown = (("A0", "B0"), ("A_past", "B_past"))
@@ -175,11 +178,14 @@ class LowRank(Elastic):
         self.A0, self.B0 = (self.A.detach().clone(), self.B.detach().clone()) if anchored else (None, None)
 
     @torch.no_grad()
-    def fold(self, compact: bool = True) -> None:
-        """Freeze the update so far into the past and begin afresh. compact: past full rank, keep one product."""
+    def fold(self, compact: bool = True, rank: int | None = None) -> None:
+        """Freeze the update so far into the past and begin afresh, at this rank if there is one. compact: past full rank,
+        keep one product."""
         self._store(1.0, compact)
         self.A0 = self.B0 = None
         self.silenced = False
+        if rank is not None:
+            self._allocate(rank)
         self.fresh()
 
     @torch.no_grad()
@@ -200,7 +206,7 @@ class LowRank(Elastic):
         if compact and a.shape[0] > full:
             product, eye = b @ a, torch.eye(full, dtype=a.dtype, device=a.device)
             b, a = (product, eye) if a.shape[1] == full else (eye, product)
-        self.A_past, self.B_past = a, b
+        self.A_past, self.B_past = (a, b) if len(a) else (None, None)  # no rank was left
 
     @torch.no_grad()
     def resize(self, rank: int) -> None:
@@ -209,7 +215,10 @@ class LowRank(Elastic):
             return
         if self.A0 is not None or self.A_past is not None:
             raise RuntimeError("resize expects a zero update: this pair already has an anchor or a past")
+        self._allocate(rank)
+        self.fresh()
 
+    def _allocate(self, rank: int) -> None:
         def new(t: Tensor, *shape: int) -> nn.Parameter:
             return nn.Parameter(t.new_zeros(*shape), t.requires_grad)
 
@@ -218,19 +227,39 @@ class LowRank(Elastic):
             self.gate = new(self.gate, rank)
         if self.noise is not None:
             self.noise.resize(rank)
-        self.fresh()
 
     @torch.no_grad()
-    def keep(self, index: Tensor) -> None:
-        """Drop every rank but those of `index`; the gate of the others is zero, so the update stays."""
+    def keep(self, index: Tensor) -> Moved:
+        """Drop every rank but those of `index`; where the gate of the others is zero, the update stays. Returns what the
+        optimiser's state of the old parameters becomes, for Step.rebuild_optimizer."""
+        moved: Moved = {}
         for name, dim in (("A", 0), ("B", 1), ("gate", 0)):
             t = getattr(self, name)
             if t is not None:
-                setattr(self, name, nn.Parameter(t.detach().index_select(dim, index), t.requires_grad))
+                new = nn.Parameter(t.detach().index_select(dim, index), t.requires_grad)
+                moved[new] = (t, lambda state, dim=dim: state.index_select(dim, index))  # type: ignore[misc]
+                setattr(self, name, new)
         if self.A0 is not None and self.B0 is not None:
             self.A0, self.B0 = self.A0.index_select(0, index), self.B0.index_select(1, index)
         if self.noise is not None:
             self.noise.keep(index)
+        return moved
+
+    @torch.no_grad()
+    def grow(self, count: int) -> None:
+        """That many ranks more, as fresh ones are. There is nothing to carry over for an optimiser: of a tensor it counts
+        one number of steps, and with an old count the new ranks' first steps would be several times too long."""
+        new = LowRank(self.A.shape[1], self.B.shape[0], count, 1.0, self.A)
+        if self.gate is not None:
+            new.add_gate(self.gate_start)
+        for name, dim in (("A", 0), ("B", 1), ("gate", 0)):
+            t = getattr(self, name)
+            if t is not None:
+                setattr(self, name, nn.Parameter(torch.cat([t.detach(), getattr(new, name).detach()], dim), t.requires_grad))
+        if self.A0 is not None and self.B0 is not None:  # theirs start at B = 0, which needs no anchor
+            self.A0, self.B0 = torch.cat([self.A0, new.A.detach()]), torch.cat([self.B0, torch.zeros_like(new.B)], 1)
+        if self.noise is not None:
+            self.noise.resize(self.rank)
 
     @torch.no_grad()
     def add_gate(self, start: float | None = None, unit_norm: bool = False) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..registry import WRAPPING
 from .delta import Copy, Delta, Wrapper
+from .low_rank import Moved
 from .peft import Peft
 from .site import Site, is_linear
 
@@ -49,9 +50,20 @@ class Step:
     def optimizer(self) -> Any:
         return self.lifecycle.optimizer
 
-    def rebuild_optimizer(self) -> None:
-        """Parameters were replaced: drop the old ones' state and train the new ones."""
-        self.lifecycle.rebuild()
+    def rebuild_optimizer(self, moved: Moved | None = None) -> None:
+        """Parameters were replaced: train the new ones, and drop the old ones' state but for what LowRank.keep moved."""
+        self.lifecycle.rebuild(moved)
+
+    def sum(self, t: Tensor) -> Tensor:
+        """Over all processes: for what a part gathers of its own rows, beside the gradients."""
+        return self.lifecycle.sum(t)
+
+    @property
+    def stage(self) -> Stage:
+        """For what measures the loss while it trains. Raises UserError where this process has not begun one."""
+        if self.lifecycle.stage is None:
+            raise UserError("this variant measures the loss while it trains: give begin(batches=[…]) before optimizer(…)")
+        return self.lifecycle.stage
 
 
 class Part(nn.Module):

@@ -5,6 +5,7 @@ import torch
 import torch.nn as nn
 from torch.nn.functional import pad
 
+from .. import linalg
 from ..adapter import Elastic, Part
 from ..adapter.peft import A, exactly
 from ..errors import UserError
@@ -96,14 +97,10 @@ class AdaLoRA(Part):
             raise UserError(f"target {target} is more than the average rank at the start, {start / len(self.pairs()):g}")
 
     def penalty(self):
-        def off(m):
-            return (m - torch.eye(len(m), dtype=m.dtype, device=m.device)).square().sum()
-
-        pairs = self.pairs()
+        rows = [rows for low in self.pairs() for rows in (low.A, low.B.T)]
         if self.config.orthogonality == "sum":
-            return self.config.penalty * sum(off(low.A @ low.A.T) + off(low.B.T @ low.B) for low in pairs)
-        norms = [off(m).clamp_min(1e-24).sqrt() for low in pairs for m in (low.A @ low.A.T, low.B.T @ low.B)]
-        return self.config.penalty * sum(norms) / len(norms)
+            return self.config.penalty * sum(map(linalg.off_orthonormal, rows))
+        return self.config.penalty * linalg.mean_off_orthonormal(rows)
 
     def phases(self, total):
         """(last step with the full budget, first step with the final one), counted from 1."""

@@ -108,6 +108,29 @@ def test_replaced_parameters_are_trained_and_the_old_ones_forgotten(recorder, ov
     assert same(again.adapter.state_dict(), adapted.adapter.state_dict())
 
 
+def test_state_moves_with_the_ranks_that_are_kept():
+    """Moments follow by index, the count of steps stays; what grew starts afresh, and so does what was not moved."""
+    _, data, adapted = setting("lora")
+    optimizer = adapted.optimizer(adamw, 8)
+    train(adapted, data, optimizer, steps=3)
+    first, second, third, _ = (low for _, low in adapted.adapter.low_ranks())
+    before = {n: {k: t.clone() for k, t in optimizer.state[getattr(first, n)].items()} for n in "AB"}
+    index = torch.tensor([3, 1])
+    moved = first.keep(index)
+    second.keep(index)
+    third.grow(2)
+    optimizer.lifecycle.rebuild(moved)
+    for name, dim in (("A", 0), ("B", 1)):
+        state = optimizer.state[getattr(first, name)]
+        assert float(state["step"]) == 3
+        for k in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(state[k], before[name][k].index_select(dim, index)) and state[k].any()
+        assert not {getattr(second, name), getattr(third, name)} & set(optimizer.state)
+    assert (first.rank, second.rank, third.rank) == (2, 2, 6)
+    losses = train(adapted, data, optimizer, steps=8, start=3)
+    assert losses[-1] < losses[0]
+
+
 def test_an_optimiser_that_calls_its_parents_step_runs_the_hooks_once(recorder):
     class Child(torch.optim.AdamW):
         def step(self, closure=None):

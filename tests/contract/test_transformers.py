@@ -128,7 +128,8 @@ def test_gradients_are_those_without_checkpointing_B35(kind, spelling):
     for n, g in off.items():
         assert (g is None) == (on[n] is None), n
         assert g is None or close(on[n], g), n
-    lost = [n for n, g in off.items() if g is None or not g.any()]
+    idle = tuple(f"deltas.{k}." for k in adapted.adapter.idle())  # a budget left them no rank
+    lost = [n for n, g in off.items() if (g is None or not g.any()) and not n.startswith(idle)]
     assert all("position_embeddings" in n or "word_embeddings" in n or ".wte" in n or ".wpe" in n for n in lost), lost
 
 
