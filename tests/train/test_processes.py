@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from lorafactory import checkpoint, models, paths, record, run, shard
 from lorafactory.errors import UserError
 
-ALWAYS = ("lora", "dora", "vera", "pissa", "adalora")
+ALWAYS = ("lora", "dora", "vera", "pissa", "adalora", "increlora")
 MORE = ("dora+pissa", "lora_pro", "relora", "gelora", "molora", "lora_ga", "eva", "bitfit", "ia3", "lotr", "sora")
 REPLACING = ("full", "galore")  # their deltas hold the weights themselves: nothing of the base is left to shard
 # the base's dropout draws differ between processes, so sums agree only without it: the toy model has a still twin.
