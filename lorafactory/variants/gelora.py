@@ -66,6 +66,7 @@ class GeLoRA(Part):
 
     def attach(self):
         self.register_buffer("dimensions", torch.zeros(len(list(self.adapter.low_ranks())), 2))
+        self.register_buffer("samples", torch.zeros((), dtype=torch.long))  # that they were estimated from
 
     def begin(self, stage):
         if stage.index or self.adapter.started:
@@ -74,6 +75,7 @@ class GeLoRA(Part):
         block_of = {site.name: probe.block(stage.model.model, site.name) for site, _ in self.adapter.low_ranks()}
         states = probe.states(stage, sorted(set(block_of.values())), c.samples, c.pooling)
         dims = {block: [two_nn(x, c.estimator) for x in pair] for block, pair in states.items()}
+        self.samples.fill_(len(next(iter(states.values()))[0]))
         for i, (site, low) in enumerate(self.adapter.low_ranks()):
             before, after = dims[block_of[site.name]]
             self.dimensions[i] = torch.tensor([before, after])
@@ -85,4 +87,5 @@ class GeLoRA(Part):
     def counters(self):
         entering, leaving = self.dimensions.double().mean(0).tolist()
         ranks = sum(low.rank for _, low in self.adapter.low_ranks())
-        return {"rank_total": ranks, "dimension_entering": entering, "dimension_leaving": leaving}
+        found = {"rank_total": ranks, "dimension_entering": entering, "dimension_leaving": leaving}
+        return {**found, "samples": int(self.samples)}

@@ -130,6 +130,8 @@ MUTANTS = [  # file, what stands there, what stands there instead, where
     ("variants/codyra.py", "- (math.ceil(dense) - 1) // every", "- math.ceil(dense) // every", "@codyra"),
     ("variants/diffora.py", "(-float(gamma[i]), i)", "(float(gamma[i]), i)", "@diffora"),
     ("variants/diffora.py", "low.A, low.B = leader.A, leader.B", "pass", "@diffora"),
+    ("variants/gelora.py", "max(round(after) - round(before), 0) + 1", "max(round(after) - round(before), 0)", "@gelora"),
+    ("variants/gelora.py", "k = int(0.9 * n)", "k = n - 1", "@gelora"),
     ("variants/increlora.py", "(now - i).abs()", "now", "@increlora"),
     ("variants/increlora.py", "gradients[site.key] = step.sum(", "gradients[site.key] = (", "@increlora"),
     ("variants/increlora.py", "low.gate[k:] = RESERVE  # the reserve", "pass  # the reserve", "@increlora"),

@@ -6,9 +6,10 @@ import math
 import pytest
 import torch
 import torch.nn as nn
+from support import roberta_base
 from transformers import BertConfig, BertModel
 
-from lorafactory import UserError, attach, probe, registry
+from lorafactory import Adapted, UserError, attach, probe, registry
 from lorafactory.variants.gelora import two_nn
 
 SMALL = {"samples": 50}
@@ -25,6 +26,27 @@ def manifold(d, n=2000, seed=0):
 @pytest.mark.parametrize(("d", "tolerance"), [(2, 0.1), (5, 0.1), (10, 0.25)])
 def test_two_nn_finds_known_dimensions(d, tolerance, estimator):
     assert two_nn(manifold(d), estimator) == pytest.approx(d, rel=tolerance)
+
+
+def cloud(kind, d, n=2000):
+    """n points of a d-dimensional sphere or of a Gaussian, which have no edge, turned into 50 dimensions."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(n, d + (kind == "sphere"), generator=g, dtype=torch.float64)
+    if kind == "sphere":
+        x = x / x.norm(dim=1, keepdim=True)
+    q, _ = torch.linalg.qr(torch.randn(50, x.shape[1], generator=g, dtype=torch.float64))
+    return x @ q.T
+
+
+@pytest.mark.parametrize("kind", ["sphere", "gaussian"])
+@pytest.mark.parametrize(("dims", "tolerance"), [((2, 3, 5, 8, 10), 0.1), ((15, 20), 0.25)])
+def test_two_nn_without_an_edge(kind, dims, tolerance):
+    """Within a tenth from 2 to 10, within a quarter to 20, where it is low; by both estimators."""
+    for d in dims:
+        x = cloud(kind, d)
+        assert two_nn(x, "fit") == pytest.approx(d, rel=tolerance), d
+        assert two_nn(x, "mle") == pytest.approx(d, rel=tolerance), d
+    assert d < 20 or two_nn(x) < d
 
 
 def test_two_nn_ignores_rotation_shift_scale_and_duplicates():
@@ -168,6 +190,28 @@ def test_it_equals_lora_of_those_ranks_and_leaves_everything_else(monkeypatch):
     assert all(float(low.scale) == 4.0 for _, low in adapted.adapter.low_ranks())
     assert all(float(low.scale) == 32.0 for _, low in adapted_to(Blocks(), scale=32.0).adapter.low_ranks())
     assert ranks(adapted) == ranks(adapted_to(Blocks()))
+
+
+def test_the_profile_and_its_samples_are_told():
+    """What leaves a block enters the next: L + 1 dimensions of L blocks."""
+    found = adapted_to(blocky())
+    dims = found.adapter.parts["budget"].dimensions
+    assert torch.equal(dims[0:5:2, 1][:2], dims[2:5:2, 0]), "as two blocks share the state between them"
+    assert found.adapter.counters()["samples"] == 400
+
+
+def test_the_cards_count():
+    """DeBERTaV3-base's shapes, q, k, v, o of 12 blocks: rank 1 gives 73,728; one block of rank 4 adds 3 x 4 x 1536."""
+    targets = ["query", "key", "value", "attention.output.dense"]
+    config = registry.config("gelora", target_modules=targets, trained_modules=[])
+    adapted = Adapted(copy.deepcopy(roberta_base()), config)
+    for _, low in adapted.adapter.low_ranks():
+        low.resize(1)
+    assert adapted.num_trainable() == 73_728
+    for site, low in adapted.adapter.low_ranks():
+        if "layer.3." in site.name:
+            low.resize(4)
+    assert adapted.num_trainable() == 73_728 + 3 * 4 * 1536
 
 
 def test_pooling_by_hand():
