@@ -113,7 +113,7 @@ class ALoRA(Part):
         """How many ranks each pair gets: those that lost fewest in turn, the best rank first, as far as a layer can hold."""
         pairs = self.pairs()
         room = [min(low.A.shape[1], low.B.shape[0]) - low.rank + k for low, k in zip(pairs, lost, strict=True)]
-        order = sorted(range(len(pairs)), key=lambda i: (lost[i], -float(max(scores[i], default=-torch.inf))))
+        order = sorted(range(len(pairs)), key=lambda i: -float(max(scores[i], default=-torch.inf)))
         gained = [0] * len(pairs)
         for fewest in sorted(set(lost)):
             turn = [i for i in order if lost[i] == fewest]
