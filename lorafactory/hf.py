@@ -54,9 +54,12 @@ class TrainsAdapter:
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         self.model.adapter.before_forward(inputs)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)  # type: ignore[misc]
-        if model.training and self.model.adapter.has_penalty:
+        if model.training:
             scaled = self.model_accepts_loss_kwargs and kwargs.get("num_items_in_batch") is not None
-            loss = loss + self.model.penalty() / (self.current_gradient_accumulation_steps if scaled else 1)  # type: ignore[attr-defined]
+            parts, lifecycle = self.current_gradient_accumulation_steps, self._lifecycle()  # type: ignore[attr-defined]
+            lifecycle.loss = (lifecycle.loss or 0) + loss.detach() / (1 if scaled else parts)
+            if self.model.adapter.has_penalty:
+                loss = loss + self.model.penalty() / (parts if scaled else 1)
         return (loss, outputs) if return_outputs else loss
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

@@ -33,7 +33,7 @@ def groups(adapter: Adapter, head: dict[str, float] | None = None) -> list[dict[
 
 class Lifecycle:
     """index counts optimiser steps from 0; a resumed run sets it. prepare(): called once gradients are final, before
-    the parts see them (clipping follows in `clip`)."""
+    the parts see them (clipping follows in `clip`). loss: the task loss of the step to come, if the loop tells it."""
 
     def __init__(self, adapter: Adapter, make: Callable, total: int, head: dict[str, float] | None = None,
                  stage: Stage | None = None):  # fmt: skip
@@ -43,6 +43,7 @@ class Lifecycle:
         self.norm: float | None = None  # of the gradients of the last step, before clipping
         self.depth = 0  # an optimiser whose step() calls its parent's fires the hooks twice
         self.rates: list[float] = []
+        self.loss: Any = None
         if not any(g["params"] for g in groups(adapter, head)):
             raise UserError("nothing to train: every parameter of the adapter is frozen (requires_grad is False)")
         own = [o for p in adapter.all_parts() if (o := p.optimizer(groups(adapter, head), make)) is not None]
@@ -90,6 +91,7 @@ class Lifecycle:
             g["lr"] = lr
         self.adapter.after_step(self.step())
         self.index += 1
+        self.loss = None
         if self.index < self.total:
             kernels.watch(self.adapter.parameters())
         else:

@@ -146,6 +146,7 @@ class Trainer:
         self._reached(step)
         for group in self.lifecycle.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self.plan.rate(step)
+        self.lifecycle.loss = value
         torch.manual_seed(mix(self.seed, step))  # what parts draw in their hooks is the same in every process
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -133,6 +133,7 @@ def train(
         optimizer.zero_grad()
         (task + adapted.penalty()).backward()
         watch(i)
+        optimizer.lifecycle.loss = task.detach()
         optimizer.step()
         losses.append(float(task.detach()))
     return losses

@@ -50,6 +50,11 @@ class Step:
     def optimizer(self) -> Any:
         return self.lifecycle.optimizer
 
+    @property
+    def loss(self) -> Any:
+        """The task loss [] or a number, of the whole step; None where the loop does not tell it."""
+        return self.lifecycle.loss
+
     def rebuild_optimizer(self, moved: Moved | None = None) -> None:
         """Parameters were replaced: train the new ones, and drop the old ones' state but for what LowRank.keep moved."""
         self.lifecycle.rebuild(moved)

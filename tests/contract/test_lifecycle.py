@@ -80,6 +80,18 @@ def test_the_rate_is_multiplied_and_put_back(recorder):
     assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.1 / 3 * s for s in scales])
 
 
+def test_a_loss_that_the_loop_tells_reaches_the_parts_of_that_step(recorder):
+    _, data, adapted = setting(recorder)
+    optimizer, seen = adapted.optimizer(adamw, 2), []
+    adapted.adapter.parts["budget"].rate = lambda step: seen.append(step.loss) or 1.0
+    for told in (0.5, None):
+        if told:
+            optimizer.lifecycle.loss = told
+        loss(adapted, data(1)[0]).backward()
+        optimizer.step()
+    assert seen == [0.5, None], "and it is of no other step"
+
+
 @pytest.mark.parametrize("over", ["", "+lora_plus", "+lora_pro"])
 def test_replaced_parameters_are_trained_and_the_old_ones_forgotten(recorder, over, tmp_path):
     base, data, adapted = setting(recorder + over)
