@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -58,6 +59,31 @@ def score(adapted: Adapted, task: Any, split: str, batch_size: int, accelerator:
     if posterior is not None:
         more |= task.calibration(predictions, references)
     return task.metrics(predictions, references) | more, predictions
+
+
+def truncated(adapted: Adapted, task: Any, splits: Iterable[str], batch_size: int, accelerator: Accelerator) -> dict:
+    """{rank: {split: metrics}} of every adapter of a lower rank that this one holds."""
+    found: dict[int, dict[str, Any]] = {}
+    for rank, cut in sorted(adapted.adapter.truncations().items()):
+        with adapted.adapter.tried(cut):
+            found[rank] = {split: score(adapted, task, split, batch_size, accelerator)[0] for split in splits}
+    return found
+
+
+def aurac(curve: dict[int, float | None]) -> dict[str, float | str | None]:
+    """Area under the rank-accuracy curve {rank: score}, by trapezoids over the ranks and over their logarithms, each
+    divided by the range: MatryoshkaLoRA's v1 and v2. One rank: its score."""
+    ranks = sorted(curve)
+    scores = [s for r in ranks if (s := curve[r]) is not None]
+    if len(scores) < len(ranks):
+        return {f"aurac_{n}{w}": v for n in ("linear", "log") for w, v in (("", None), ("_undefined", "a rank has no score"))}
+    heights = [(a + b) / 2 for a, b in zip(scores, scores[1:], strict=False)] or scores
+
+    def area(x: list[float]) -> float:
+        widths = [q - p for p, q in zip(x, x[1:], strict=False)] or [1.0]
+        return sum(w * h for w, h in zip(widths, heights, strict=True)) / sum(widths)
+
+    return {"aurac_linear": area([float(r) for r in ranks]), "aurac_log": area([math.log2(r) for r in ranks])}
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from . import checkpoint, files, kernels, models, record, registry, shard
 from .attach import Adapted, seeded
 from .config import RunConfig
 from .errors import UserError
-from .evaluate import score
+from .evaluate import aurac, score, truncated
 from .memory import Peak, exhausted
 from .plan import mix
 from .resume import how_to_go_on
@@ -186,12 +186,16 @@ def _untrained(config: RunConfig, task: Task, adapted: Adapted, accelerator: Acc
 
 
 def _score(config: RunConfig, task: Task, adapted: Adapted, accelerator: Accelerator) -> dict[str, Any]:
-    """Selection and test, each read once, after training."""
+    """Selection and test, each read once, after training, and once more for every truncation."""
     metrics = _judged(task)
-    raw = {}
+    raw, splits, size = {}, ("selection", "test"), config.train.eval_batch_size
     with seeded(config.seed):
-        for split in ("selection", "test"):
-            metrics[split], raw[split] = score(adapted, task, split, config.train.eval_batch_size, accelerator)
+        for split in splits:
+            metrics[split], raw[split] = score(adapted, task, split, size, accelerator)
+        if cut := truncated(adapted, task, splits, size, accelerator):
+            metrics["truncations"] = cut
+            for split in splits:
+                metrics[split] |= aurac({rank: found[split][task.primary] for rank, found in cut.items()})
     return {"metrics": metrics, "raw": raw}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -142,6 +143,24 @@ class Adapter(nn.Module):
 
     def counters(self) -> dict[str, float]:
         return {k: v for c in self._each("counters") for k, v in c.items()}
+
+    def truncations(self) -> dict[int, Callable[[], Any]]:
+        return {k: v for c in self._each("truncations") for k, v in c.items()}
+
+    @contextlib.contextmanager
+    def tried(self, change: Callable[[], Any]) -> Iterator[None]:
+        """Inside, the adapter as `change` leaves it; then as it was, its very tensors."""
+        state = {n: t.clone() for n, t in self.state_dict().items()}
+        kept: list[Any] = [(own, dict(own)) for m in self.modules() for own in (m._parameters, m._buffers)]
+        try:
+            with torch.no_grad():
+                change()
+            yield
+        finally:
+            for own, before in kept:
+                own.clear()
+                own.update(before)
+            self.load_state_dict(state)
 
     # saving: state_dict() goes on training; export() defines the function
 

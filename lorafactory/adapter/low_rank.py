@@ -28,23 +28,25 @@ class Noise(Protocol):
 
 
 class LowRank(Elastic):
-    """update [d_out, d_in] = scale * (B diag(gate) A - B0 diag(gate) A0) + B_past A_past
+    """update [d_out, d_in] = scale * (B diag(gate * mask) A - B0 diag(gate * mask) A0) + B_past A_past
 
     A [rank, d_in], B [d_out, rank]  trained, float32 or wider
     gate [rank]                      optional, trained: how much each rank counts
+    mask [rank]                      optional, not saved, the part's that sets it: the same, fixed; see set_mask
     A0, B0                           optional: where A and B started, when that was away from zero; subtracted, so
                                      that a start leaves the base's function as it is and the base read-only
     A_past [R, d_in], B_past         optional: frozen earlier updates (restarts, earlier stages)
     scale []                         saved with the factors: loading never depends on a config's rank or alpha, and
                                      it does not follow the rank
 
-    The verbs start, fold, unload, fresh, resize, keep, grow and add_gate are the only ways a part changes it. All but resize keep
-    the update; resize expects it to be zero."""
+    The verbs start, fold, unload, fresh, resize, keep, grow, become, add_gate and set_mask are the only ways a part changes
+    it. All but resize, become and set_mask keep the update; resize expects it to be zero."""
 
     grown = (("A0", "B0"), ("A_past", "B_past"))
     A: nn.Parameter
     B: nn.Parameter
     gate: nn.Parameter | None
+    mask: Tensor | None
     scale: Tensor
     A0: Tensor | None
     B0: Tensor | None
@@ -64,6 +66,8 @@ class LowRank(Elastic):
         self.B = nn.Parameter(torch.empty(d_out, rank, dtype=dtype, device=like.device))
         self.register_parameter("gate", None)
         self.register_buffer("scale", torch.tensor(scale, dtype=dtype, device=like.device))
+        self.register_buffer("mask", None, persistent=False)
+        self.mask_always = False
         for name in ("A0", "B0", "A_past", "B_past"):
             self.register_buffer(name, None)
         self.fresh()
@@ -93,17 +97,24 @@ class LowRank(Elastic):
     def trained(self) -> tuple[Tensor, Tensor]:
         """factors() without the past."""
         s = self.scale if self.gate is None else self.scale * self.gate
+        weights = self.weights()
+        s = self.scale if weights is None else self.scale * weights
         drawn = None if self.noise is None else self.noise()
         a = self.A if drawn is None else self.A + drawn
         if self.A0 is None or self.B0 is None:
             return self.B * s, a
         return torch.cat([self.B * s, self.B0 * -s], 1), torch.cat([a, self.A0], 0)
 
+    def weights(self) -> Tensor | None:
+        """How much each rank counts now, [rank]; None: all alike."""
+        if self.mask is None or not (self.training or self.mask_always):
+            return self.gate
+        return self.mask if self.gate is None else self.gate * self.mask
+
     def partners(self) -> tuple[Tensor, Tensor]:
-        """(B diag(gate), diag(gate) A): what a change of A, and one of B, is multiplied by in the update, but for scale."""
-        if self.gate is None:
-            return self.B, self.A
-        return self.B * self.gate, self.gate[:, None] * self.A
+        """(B diag(weights), diag(weights) A): what a change of A, and one of B, is multiplied by in the update, but for scale."""
+        weights = self.weights()
+        return (self.B, self.A) if weights is None else (self.B * weights, weights[:, None] * self.A)
 
     def product(self) -> Tensor:
         """The update [d_out, d_in]."""
@@ -260,6 +271,21 @@ class LowRank(Elastic):
             self.A0, self.B0 = torch.cat([self.A0, new.A.detach()]), torch.cat([self.B0, torch.zeros_like(new.B)], 1)
         if self.noise is not None:
             self.noise.resize(self.rank)
+
+    @torch.no_grad()
+    def become(self, b: Tensor, a: Tensor) -> None:
+        """Another update, scale * b a, b [d_out, r] and a [r, d_in], and nothing else: no anchor, no past, gates of 1."""
+        self.A, self.B = nn.Parameter(a.to(self.A), self.A.requires_grad), nn.Parameter(b.to(self.B), self.B.requires_grad)
+        if self.gate is not None:
+            self.gate = nn.Parameter(self.A.new_ones(self.rank), self.gate.requires_grad)
+        self.A0 = self.B0 = self.A_past = self.B_past = None
+        if self.noise is not None:
+            self.noise.resize(self.rank)
+
+    def set_mask(self, mask: Tensor | None, always: bool = False) -> None:
+        """How much each rank counts from now on, [rank]: in training, or always. It is not saved: whoever sets it does so
+        again after loading, and takes it away before it changes the rank."""
+        self.mask, self.mask_always = None if mask is None else mask.to(self.A), always
 
     @torch.no_grad()
     def add_gate(self, start: float | None = None, unit_norm: bool = False) -> None:

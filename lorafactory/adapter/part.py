@@ -145,6 +145,10 @@ class Part(nn.Module):
         """Numbers that prove the method acted (ranks dropped, restarts, refreshes): they go into the record."""
         return {}
 
+    def truncations(self) -> dict[int, Callable[[], Any]]:
+        """The ranks at which training has made it an adapter, too, and what cuts it down to each: a run scores them all."""
+        return {}
+
     # in PEFT's words; reading mirrors writing: each part, the last one first, takes out what it would have added
 
     def to_peft(self, out: Peft) -> None:

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 # where: composites, whose life is run; or a file of tests/contract, tests/faults or, with an @, tests/variants, and after
 # a slash which of its tests
 FILES = {n: f"tests/contract/test_{n}.py" for n in ("attach", "lifecycle", "words", "options", "new_process", "transformers")}
+FILES |= {"truncations": "tests/train/test_truncations.py"}
 FILES |= {n: f"tests/faults/test_{n}.py" for n in ("merge", "target", "wiring", "init", "resume", "math")}
 # fmt: off
 MUTANTS = [  # file, what stands there, what stands there instead, where
@@ -28,6 +29,7 @@ MUTANTS = [  # file, what stands there, what stands there instead, where
     ("adapter/adapter.py", '        self._each("begin", stage)\n        self.started = True\n',
      '        self._each("begin", stage)\n', "init/runs_once"),
     ("adapter/adapter.py", "with exact():", "if True:", "math/autocast"),
+    ("adapter/adapter.py", "                own.update(before)\n", "                pass\n", "truncations"),
     ("adapter/delta.py", "lost(b, ", "0 * lost(b, ", "merge/B03"),
     ("adapter/delta.py", "return max(bias, lost(w, base.weight))", "return bias", "merge/B03"),
     ("adapter/delta.py", "self.module._apply(", "(lambda f: None)(", "full head_only"),
@@ -88,6 +90,7 @@ MUTANTS = [  # file, what stands there, what stands there instead, where
     ("checkpoint.py", "            os.rename(old, folder)\n", "            pass\n", "resume/B28"),
     ("checkpoint.py", "if t.numel() and where in first", "if False", "@full"),
     ("detour.py", "with exact():", "if True:", "math/autocast"),
+    ("evaluate.py", "math.log2(r) for r in ranks", "float(r) for r in ranks", "truncations"),
     ("holder.py", "p.data = torch.empty_like(p.data, device=device).copy_(p.data)",
      "p.data = torch.empty_like(p.data, device=device)", "full"),
     ("holder.py", '    del module.__dict__["_held"]', "    pass", "lora"),

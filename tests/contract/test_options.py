@@ -24,7 +24,7 @@ CHOICE = [(n, o) for n, o in OPTIONS if o != "target_modules" or on_linear(regis
 
 
 def outcome(name: str, options: dict[str, Any]) -> tuple:
-    """What a short run leaves: losses, tensors, optimiser groups, rates, counters, ranks and scales."""
+    """What a short run leaves: losses, tensors, optimiser groups, rates, counters, truncations, ranks and scales."""
     torch.manual_seed(0)
     base = Net()
     data, x = Regression(base), torch.randn(3, 5, 24)
@@ -39,6 +39,7 @@ def outcome(name: str, options: dict[str, Any]) -> tuple:
         str(losses),
         str(adapted.adapter.describe()),
         str(adapted.adapter.counters()),
+        str(sorted(adapted.adapter.truncations())),
     )
     state = {n: t.tolist() for n, t in adapted.adapter.state_dict().items()}
     return (*about, str(state), str(adapted.eval()(x).tolist()))
