@@ -30,6 +30,7 @@ class RestartingConfig(DynamicsConfig):
 
 class Restarting(Part):
     axis, needs = "dynamics", frozenset({"low_rank"})
+    minds = frozenset({"trains truncations"})  # a past has no ranks to cut
     Config = RestartingConfig
 
     def attach(self) -> None:
