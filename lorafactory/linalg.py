@@ -23,6 +23,30 @@ def truncated_svd(m: Tensor, rank: int, niter: int = 0) -> tuple[Tensor, Tensor,
     return u[:, :rank], s[:rank], vt[:rank]
 
 
+def product_svd(b: Tensor, a: Tensor, rank: int, niter: int = 0, oversample: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading singular triplets of B A, for B [p, n] and A [n, q], without forming it: U [p, rank], S [rank], V^T
+    [rank, q]; fewer where n, p or q is less.
+
+    niter 0: exact, by QR of both factors; otherwise randomised (Halko et al. 2011), on rank + oversample directions from
+    torch's generator with that many power iterations."""
+    if niter:
+        omega = torch.randn(a.shape[1], min(rank + oversample, *b.shape, *a.shape), dtype=a.dtype, device=a.device)
+        q = torch.linalg.qr(b @ (a @ omega))[0]
+        for _ in range(niter):
+            q = torch.linalg.qr(a.mT @ (b.mT @ q))[0]
+            q = torch.linalg.qr(b @ (a @ q))[0]
+        b, a = q, (q.mT @ b) @ a
+    qb, rb = torch.linalg.qr(b)
+    qa, ra = torch.linalg.qr(a.mT)
+    u, s, vt = torch.linalg.svd(rb @ ra.mT, full_matrices=False)
+    return qb @ u[:, :rank], s[:rank], vt[:rank] @ qa.mT
+
+
+def product_norm(b: Tensor, a: Tensor) -> Tensor:
+    """Frobenius, of B A, without forming it."""
+    return torch.linalg.matrix_norm(torch.linalg.qr(b)[1] @ torch.linalg.qr(a.mT)[1].mT)
+
+
 def spectrum(gram: Tensor) -> Spectrum:
     """Of a Gram matrix [..., n, n]; rounding leaves no eigenvalue below zero."""
     values, vectors = torch.linalg.eigh(gram)
