@@ -30,8 +30,8 @@ def evaluating(stage: Stage) -> Iterator[None]:
 
 
 @contextmanager
-def watching(stage: Stage, modules: dict[str, nn.Module], hook: Callable[[str, Any, Any], None]) -> Iterator[None]:
-    """hook(name, first input, output) at every forward of the modules."""
+def watching(stage: Stage, modules: dict[str, nn.Module], hook: Callable[[str, Any, Any], Any]) -> Iterator[None]:
+    """hook(name, first input, output) at every forward of the modules; what it returns, if not None, is the output."""
 
     def watch(name: str) -> Callable:
         return lambda module, args, kwargs, out: hook(name, args[0] if args else next(iter(kwargs.values()), None), out)
@@ -145,13 +145,16 @@ def _pooled(x: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
     return x[torch.arange(len(x), device=x.device), at]
 
 
-def gradients(stage: Stage, batches: int) -> dict[str, Tensor]:
+def gradients(stage: Stage, batches: int, moved: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """site name -> mean dL/dW [d_out, d_in] over the batches in float32, as (dL/dy)^T x: the base needs no
-    requires_grad. The sums stay on the CPU: all of them together have the size of the model. Raises UserError for a site
-    without gradient."""
+    requires_grad. The sums stay on the CPU: all of them together have the size of the model. moved: what to add to the
+    weights [d_out, d_in] meanwhile. Raises UserError for a site without gradient."""
     sums: dict[str, Tensor] = {}
 
-    def hook(name: str, x: Tensor, y: Tensor) -> None:
+    def hook(name: str, x: Tensor, y: Tensor) -> Tensor:
+        if moved is not None:
+            d = moved[name].to(x.device)
+            y = y + torch.nn.functional.linear(x.to(d.dtype), d).to(y.dtype)
         x = x.detach()
 
         def add(g: Tensor) -> None:
@@ -159,6 +162,7 @@ def gradients(stage: Stage, batches: int) -> dict[str, Tensor]:
             sums[name] = sums[name].add_(w) if name in sums else w
 
         (y if y.requires_grad else y.requires_grad_()).register_hook(add)
+        return y
 
     sites, count = _sites(stage), 0
     trained = [p for p in stage.model.parameters() if p.requires_grad]
