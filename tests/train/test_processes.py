@@ -19,7 +19,7 @@ from lorafactory.errors import UserError
 
 ALWAYS = ("lora", "dora", "vera", "pissa", "adalora", "increlora")
 MORE = ("dora+pissa", "lora_pro", "relora", "gelora", "molora", "lora_ga", "eva", "bitfit", "ia3", "lotr", "sora", "alora",
-        "codyra", "autolora", "diffora")
+        "codyra", "autolora", "diffora", "dylora", "matryoshka_lora", "lora_squeeze", "airllm", "colora")
 REPLACING = ("full", "galore")  # their deltas hold the weights themselves: nothing of the base is left to shard
 # the base's dropout draws differ between processes, so sums agree only without it: the toy model has a still twin.
 # 37 rows by 10 in micro-batches of 3, 47 by 23: the processes do not have the same number of batches
