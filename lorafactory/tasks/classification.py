@@ -58,11 +58,15 @@ class Classification(Drawn):
         """What of a row's input the fingerprint covers, fit for JSON."""
         return row
 
+    def shown(self, split: str, inputs: list[Any]) -> list[Any]:
+        """The inputs of one of our splits as the model gets to see them."""
+        return inputs
+
     def load(self) -> None:
         self.raw = self.place(self.read())
         numbers = self.numbers(self.raw["train"], self.raw)
         rows = self.divide({s: self.strata(n) for s, n in numbers.items()})
-        self.inputs = {s: [self.raw[o].inputs[i] for i in rows[s]] for s, o in self.source_split.items()}
+        self.inputs = {s: self.shown(s, [self.raw[o].inputs[i] for i in rows[s]]) for s, o in self.source_split.items()}
         self.targets = {s: numbers[o][rows[s]].tolist() for s, o in self.source_split.items()}
         pairs = {s: zip(self.inputs[s], self.targets[s], strict=True) for s in SPLITS}
         self.digest([[s, self.content(row), self.told(n)] for s in SPLITS for row, n in pairs[s]])

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import UserError
 from . import SPLITS, register_task
 from .classification import Classification
+from .degrading import Degraded
 from .pictures import Picture, read
 from .pixels import Pixels, Processor, cached
 from .reading import Raw
@@ -31,12 +32,14 @@ class Image(Classification):
     @dataclass
     class Config(Classification.Config):
         """image: the column of pictures. head: `linear`, drawn and trained; or, for CLIP, `zero_shot`: the features of
-        every class's prompt, frozen. prompt: for zero_shot, with {} where the class name goes, `_` read as a space."""
+        every class's prompt, frozen. prompt: for zero_shot, with {} where the class name goes, `_` read as a space.
+        degraded: training pictures pass degradations in random order, the same in every epoch; scored ones never."""
 
         kind: str = "image"
         image: str = "image"
         head: str = "linear"
         prompt: str = PROMPT
+        degraded: bool = False
 
         def __post_init__(self) -> None:
             super().__post_init__()
@@ -50,6 +53,11 @@ class Image(Classification):
     def read(self) -> dict[str, Raw]:
         c = self.config
         return read(c.source, c.subset, c.revision, c.image, c.label)
+
+    def shown(self, split: str, inputs: list[Any]) -> list[Any]:
+        if not self.config.degraded or split != "train":
+            return inputs
+        return [Degraded(p, self.config.split_seed) for p in inputs]
 
     def content(self, row: Picture) -> str:
         return row.digest
