@@ -193,7 +193,7 @@ def _score(config: RunConfig, task: Task, adapted: Adapted, accelerator: Acceler
         for split in splits:
             metrics[split], raw[split] = score(adapted, task, split, size, accelerator)
         if cut := truncated(adapted, task, splits, size, accelerator):
-            metrics["truncations"] = cut
+            metrics["truncations"] = {str(rank): found for rank, found in cut.items()}
             for split in splits:
                 metrics[split] |= aurac({rank: found[split][task.primary] for rank, found in cut.items()})
     return {"metrics": metrics, "raw": raw}
