@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,6 +55,16 @@ def lazily(stage: Stage, count: int) -> Iterator[Any]:
         yield batch
     if not got:
         raise UserError("a data-driven start was given no batches: give at least one")
+
+
+def one_by_one(stage: Stage, count: int) -> Iterator[Stage]:
+    """The stage with one batch alone, for up to `count` batches."""
+    for batch in _lazily(stage, count):
+        yield replace(stage, batches=partial(_only, batch))
+
+
+def _only(batch: Any, count: int) -> list[Any]:
+    return [batch]
 
 
 def _sites(stage: Stage) -> dict[str, nn.Module]:

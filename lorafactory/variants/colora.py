@@ -1,7 +1,6 @@
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Any, Optional
 
 import torch
@@ -15,26 +14,16 @@ from ..registry import BudgetConfig, register
 log = logging.getLogger(__name__)
 
 
-def each(stage: Stage, count: int) -> Iterator[Stage]:
-    """The stage with one batch at a time."""
-    for batch in stage.batches(count):
-        yield replace(stage, batches=partial(_only, batch))
-
-
-def _only(batch: Any, count: int) -> list[Any]:
-    return [batch]
-
-
 def tuned(stage: Stage, steps: int, lr: float) -> dict[str, Tensor]:
     """What full fine-tuning of the adapted layers alone would add to their weights: `steps` steps of Adam, a batch each,
     round and round; 0: one plain gradient step. The base stays as it is."""
     if not steps:
-        return {n: -lr * g for n, g in probe.gradients(next(each(stage, 1)), 1).items()}
+        return {n: -lr * g for n, g in probe.gradients(stage, 1).items()}
     sites = {s.name: s for s in stage.model.adapter.sites}
     moved = {n: torch.zeros(s.d_out, s.d_in, requires_grad=True) for n, s in sites.items()}
     optimizer, done = torch.optim.Adam(moved.values(), lr), 0
     while done < steps:
-        for one in each(stage, steps - done):
+        for one in probe.one_by_one(stage, steps - done):
             now = {n: d.detach() for n, d in moved.items()}
             for n, g in probe.gradients(one, 1, now).items():
                 moved[n].grad = g
@@ -46,7 +35,7 @@ def tuned(stage: Stage, steps: int, lr: float) -> dict[str, Tensor]:
 def attributions(stage: Stage, moved: dict[str, Tensor], batches: int, points: int) -> Iterator[dict[str, Tensor]]:
     """FAIG (Xie et al. 2021) of each batch: site name -> D * the mean of dL/dW at W0 + (k / points) D, k = 0, ..., points
     - 1, [d_out, d_in]: D's contribution to the change of the loss, entry by entry."""
-    for one in each(stage, batches):
+    for one in probe.one_by_one(stage, batches):
         sums = {n: torch.zeros_like(d) for n, d in moved.items()}
         for k in range(points):
             for n, g in probe.gradients(one, 1, {n: k / points * d for n, d in moved.items()}).items():

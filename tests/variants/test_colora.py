@@ -144,6 +144,11 @@ def test_the_start_leaves_base_and_generator_alone():
         assert same(model.state_dict(), base.state_dict())
 
 
+def test_no_batches_are_refused():
+    with pytest.raises(UserError, match="no batches"):
+        attach(Net(), "colora", batches=[], loss=loss)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [({"share": 0.0}, "positive"), ({"share": 1.0}, "below 1"), ({"alpha": 1.0, "share": 0.2}, "leave one out"),
