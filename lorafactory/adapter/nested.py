@@ -122,7 +122,7 @@ class Nested(Part):
         return {r: partial(self.truncate, r) for r in (scored if scored is not None else [*powers, most]) if r <= most}
 
     def counters(self) -> dict[str, float]:
-        return {"nested_steps": int(self.nested_steps)}
+        return {"nested_steps": int(self.nested_steps), "rank_total": sum(low.rank for _, low in self.adapter.low_ranks())}
 
 
 def _masked(part: Any, _: Any) -> None:

@@ -75,10 +75,10 @@ class CoLoRA(Part):
 
     Park et al. 2024, for image restoration. c_i is the mean over the layer's weights of |FAIG|: the change D of a short
     full fine-tuning, times the mean gradient on the way from W0 to W0 + D, by the left endpoints, averaged over batches and
-    divided by the largest (the authors take images; a batch stands for one here). Inferred, the paper's rule is not
-    disclosed: alpha spends `share` of the adapted layers' weights, which is less where every layer has its least rank of 1
-    already, and s is 1. The fine-tuning moves adapted layers alone, the head stays; nothing of it is kept. The authors adapt
-    convolutions too: here linear layers. Their pre-training on degraded pictures is the image task's `degraded`.
+    divided by the largest (the authors take images; a batch stands for one here). Inferred, as the paper's rule is not
+    disclosed: alpha spends `share` of the adapted layers' weights (more where the least rank of 1 in each takes more), and
+    s is the structure's, or `scale`. The fine-tuning moves adapted layers alone, the head stays; nothing of it is kept. The
+    authors adapt convolutions too: here linear layers. Their pre-training on degraded pictures is task.degraded.
 
     Cost: before training, `steps` + `points` x `batches` forward and backward passes, and two numbers a weight."""
 
@@ -100,7 +100,7 @@ class CoLoRA(Part):
         lr: float = 1e-4
         batches: int = 4
         points: int = 20
-        scale: Optional[float] = 1.0  # noqa: UP045
+        scale: Optional[float] = None  # noqa: UP045
 
         def check(self):
             self.check_least(1, "batches", "points")

@@ -149,4 +149,5 @@ class LoRASqueeze(Part):
         return {r: partial(self.squeeze, r) for r in (scored if scored is not None else [*powers, most]) if r <= most}
 
     def counters(self):
-        return {"squeezes": int(self.squeezes), "worst_relative_error": float(self.error), "largest_rank": self.rank()}
+        ranks = sum(low.rank for _, low in self.adapter.low_ranks())
+        return {"squeezes": int(self.squeezes), "worst_relative_error": float(self.error), "rank_total": ranks}

@@ -166,7 +166,8 @@ def test_evaluation_of_torchs_own_encoder_runs_the_adapter(name):
         adapted.train(mode)
         with torch.no_grad():
             ys.append(call(base))
-    assert close(*ys, 3) and not close(ys[1], y0)
+    apart = any("trains truncations" in p.does for p in adapted.adapter.all_parts())  # of what is evaluated
+    assert (apart or close(*ys, 3)) and not close(ys[1], y0)
     with adapted.disabled(), torch.no_grad():
         assert torch.equal(call(base), y0)
     if adapted.adapter.mergeable:

@@ -12,7 +12,6 @@ from lorafactory import UserError, attach, export_lora, load, registry
 from lorafactory.evaluate import aurac
 from lorafactory.run import run
 
-SMALL = {"ranks": [1, 2, 4]}
 CHANGES = {"ranks": ([[4], [2, 4]], {}), "keep": ([2], {}), "scored": ([[1]], {}), "scaling": (["rank"], {})}
 
 
