@@ -56,7 +56,7 @@ def test_it_trains_evaluates_and_saves(spelling, tmp_path):
     assert "adapter" in files and not any(n.startswith("model") for n in files)
 
 
-@pytest.mark.parametrize("spelling", ("lora", "adalora", "relora"))
+@pytest.mark.parametrize("spelling", ("lora", "adalora", "relora", "dylora", "lora_squeeze", "airllm"))
 def test_a_resumed_run_is_the_run(spelling, tmp_path):
     """Bit for bit, from half the way: ranks, restarts, penalties, moments."""
     straight = adapted_by(spelling)
