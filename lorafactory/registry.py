@@ -19,7 +19,8 @@ from typing import Any, List, Optional  # noqa: UP035  OmegaConf 2.3 resolves th
 
 from .errors import UserError
 
-AXES = ("structure", "decomposition", "budget", "init", "routing", "dynamics", "posterior")  # also the order in which hooks run
+# also the order in which hooks run
+AXES = ("structure", "decomposition", "budget", "init", "routing", "continual", "dynamics", "posterior")
 PARTS = AXES[1:]
 WRAPPING = ("decomposition", "routing")  # parts whose build() wraps deltas: they define the function too
 _classes: dict[str, type] = {}
@@ -104,6 +105,10 @@ class RoutingConfig(Named): ...
 
 
 @dataclass
+class ContinualConfig(Named): ...
+
+
+@dataclass
 class DynamicsConfig(Named): ...
 
 
@@ -122,6 +127,7 @@ class StructureConfig(Named):
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     init: InitConfig = field(default_factory=InitConfig)
     routing: RoutingConfig = field(default_factory=RoutingConfig)
+    continual: ContinualConfig = field(default_factory=ContinualConfig)
     dynamics: DynamicsConfig = field(default_factory=DynamicsConfig)
     posterior: PosteriorConfig = field(default_factory=PosteriorConfig)
 
@@ -145,6 +151,7 @@ CONFIGS: dict[str, type[Named]] = {
     "budget": BudgetConfig,
     "init": InitConfig,
     "routing": RoutingConfig,
+    "continual": ContinualConfig,
     "dynamics": DynamicsConfig,
     "posterior": PosteriorConfig,
 }

@@ -6,6 +6,7 @@ import math
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,20 @@ import pytest
 import torch
 from fabricate import diverged, fabricate, merged
 
-from lorafactory import record
+from lorafactory import record, registry
 from lorafactory.errors import UserError
 
 HERE = {"experiment": "demo", "variant": "lora", "task": "bbc", "model": "minilm", "seed": 0}
+
+
+def test_committed_records_keep_their_ids():
+    """An axis or an option that is new, and empty unless asked for, makes no run another one."""
+    found = sorted(Path(__file__).parents[2].glob("results/runs/*/*/*-s0-*.json"))
+    assert found
+    for path in {p.parent: p for p in found}.values():
+        made = record.read(path)
+        variant = asdict(registry.from_dict(made["config"]["variant"]))
+        assert record.run_id({**made["config"], "variant": variant}) == made["id"], path
 
 
 def test_the_id_is_of_what_can_change_a_number():
@@ -27,6 +38,7 @@ def test_the_id_is_of_what_can_change_a_number():
         {"train": {"steps": 40.0}},
         {"train": {"clip": None}},
         {"variant": {"dynamics": {"name": ""}}},
+        {"variant": {"continual": {"name": ""}}},
         {"results": {"folder": "elsewhere", "experiment": "other"}},
         {"wandb": {"mode": "online"}},
     ]
