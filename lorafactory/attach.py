@@ -107,14 +107,18 @@ class Adapted(nn.Module):
         if hungry and batches is None and not self.adapter.started:
             raise UserError(f"{hungry[0]!r} starts from data: give attach(…, batches=[…]), a list of training batches")
         self.__dict__.update(_index=index, _stage=self._stage_of(batches, loss, mask, index))
-        with seeded(self.seed):
+        with self._drawing(index):
             self.adapter.begin(self._stage)
         return self
 
     def end(self) -> bool:
         """Training of the stage is over: compress or consolidate. True: the function changed, so evaluate again."""
-        with seeded(self.seed):
+        with self._drawing(self._index):
             return self.adapter.end(self._stage or self._stage_of(index=self._index))
+
+    def _drawing(self, index: int) -> contextlib.AbstractContextManager:
+        """Each stage draws other numbers than the one before."""
+        return seeded(None if self.seed is None else self.seed + index)
 
     def _stage_of(self, batches: Any = None, loss: Any = None, mask: Any = None, index: int = 0) -> Stage:
         of = batches if callable(batches) else lambda n: list(batches or ())[:n]

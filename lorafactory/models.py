@@ -143,9 +143,13 @@ def _load(config: ModelConfig, task: Task, head: dict[str, Any]) -> Loaded:
     absent = info["missing_keys"] | {name for name, *_ in info["mismatched_keys"]}
     loaded = Loaded(config, model.eval(), processor, [n for n, _ in model.named_parameters() if n in absent])
     _refuse_holes(loaded, absent)
-    if head:
+    if "id2label" in head:
         theirs = [own.id2label[i] for i in sorted(own.id2label)]
         loaded.head = _fit_head(loaded, theirs, list(head["id2label"].values()), info["missing_keys"])
+    elif head:
+        if config.head == "keep":
+            raise UserError("model.head=keep: each stage of this task draws a head of its own")
+        loaded.head = "new"
     if hasattr(processor, "pad_token_id"):
         _fit_tokenizer(loaded)
     return loaded

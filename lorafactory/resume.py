@@ -52,9 +52,10 @@ class Checkpoints:
                 log.warning("checkpoint %s cannot be used: %s; going on from the one before", folder.name, e)
         return None
 
-    def restore(self, folder: Path, optimizer: Any) -> dict[str, Any]:
+    def restore(self, folder: Path, optimizer: Any = None) -> dict[str, Any]:
         """The optimiser's state, built after newest() since loading may replace parameters; returns the progress."""
-        state = checkpoint.restore_optimizer(optimizer, folder)
+        state = checkpoint.restore_optimizer(optimizer, folder) if optimizer else checkpoint.read_json(folder / "state.json")
+        state.pop("optimizer", None)
         if (scaler := state.pop("scaler", None)) is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(scaler)
         return state
@@ -94,6 +95,6 @@ class Interrupt:
 
 def how_to_go_on(folder: Path) -> str:
     """What a stopped run says last; folder: of its checkpoints."""
-    if any(folder.glob("step-*")):
+    if any(folder.rglob("step-*")):
         return f"stopped; the same command goes on from {folder}"
     return "stopped before the first checkpoint (train.checkpoint_every=N); the same command starts anew"

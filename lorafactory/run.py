@@ -17,8 +17,9 @@ from accelerate.utils import broadcast_object_list
 from . import checkpoint, files, kernels, models, record, registry, shard
 from .attach import Adapted, seeded
 from .config import RunConfig
+from .course import Course
 from .errors import UserError
-from .evaluate import aurac, score, truncated
+from .evaluate import score
 from .memory import Peak, exhausted
 from .plan import mix
 from .resume import how_to_go_on
@@ -26,7 +27,7 @@ from .sinks import Progress as Bar
 from .sinks import Wandb
 from .sources import short
 from .tasks import Task, get_task
-from .train import Diverged, Trainer
+from .train import Diverged
 
 _measured: dict[str, dict[str, Any]] = {}  # of untrained bases, in this process
 
@@ -120,26 +121,26 @@ def _make(config: RunConfig, id: str, accelerator: Accelerator, place: Path) -> 
 
 def _train(config: RunConfig, id: str, task: Task, adapted: Adapted, accelerator: Accelerator, place: Path) -> dict[str, Any]:
     scratch = Path(config.results.folder) / "scratch"
-    trainer = Trainer(adapted, task, config.train, mix(config.seed, 3), accelerator, place)
-    bar = Bar(trainer.plan.total, f"{adapted.variant} {config.task.name} seed {config.seed}", trainer.progress.step)
+    course = Course(adapted, task, config, accelerator, place)
+    bar = Bar(course.total, f"{adapted.variant} {config.task.name} seed {config.seed}", course.progress.step)
     wandb = Wandb(config.wandb.mode, config.wandb.project, f"{adapted.variant}-{id}", asdict(config), scratch)
 
     def watch(row: dict[str, Any]) -> None:
         bar.step(row)
         wandb.step(row)
 
-    trainer.watch = watch
+    course.watch = watch
     made: dict[str, Any] = {"status": "ok", "raw": None}
     try:
         before = {"untrained": _untrained(config, task, adapted, accelerator)} if config.task.baseline else {}
-        trainer.train()
-        made |= _score(config, task, adapted, accelerator)
-        made["metrics"] |= before
+        course.train()
+        made |= course.outcome()
+        made["metrics"] = _judged(task) | made["metrics"] | before
     except Diverged as e:
         made |= {"status": "diverged", "reason": str(e), "metrics": _judged(task) | {"selection": {}, "test": {}}}
     finally:
         bar.close()
-    progress = trainer.progress
+    progress = course.progress
     made |= {"curve": progress.curve, "evaluations": progress.evaluations}
     seconds = progress.seconds
     made["cost"] = adapted.cost() | {
@@ -148,7 +149,7 @@ def _train(config: RunConfig, id: str, task: Task, adapted: Adapted, accelerator
         "checkpoint_bytes": _keep(config, id, adapted, place) if accelerator.is_main_process else None,
     }
     made |= {"adapted": adapted.adapter.describe(), "targets": adapted.targets}
-    optimizer = trainer.lifecycle.optimizer
+    optimizer = course.trainer.lifecycle.optimizer
     made["optimizer"] = {
         "class": type(optimizer).__name__,
         "steps": progress.step,
@@ -183,20 +184,6 @@ def _untrained(config: RunConfig, task: Task, adapted: Adapted, accelerator: Acc
         with adapted.disabled(), seeded(config.seed):
             _measured[key], _ = score(adapted, task, "test", config.train.eval_batch_size, accelerator)
     return _measured[key]
-
-
-def _score(config: RunConfig, task: Task, adapted: Adapted, accelerator: Accelerator) -> dict[str, Any]:
-    """Selection and test, each read once, after training, and once more for every truncation."""
-    metrics = _judged(task)
-    raw, splits, size = {}, ("selection", "test"), config.train.eval_batch_size
-    with seeded(config.seed):
-        for split in splits:
-            metrics[split], raw[split] = score(adapted, task, split, size, accelerator)
-        if cut := truncated(adapted, task, splits, size, accelerator):
-            metrics["truncations"] = {str(rank): found for rank, found in cut.items()}
-            for split in splits:
-                metrics[split] |= aurac({rank: found[split][task.primary] for rank, found in cut.items()})
-    return {"metrics": metrics, "raw": raw}
 
 
 def _keep(config: RunConfig, id: str, adapted: Adapted, place: Path) -> int:

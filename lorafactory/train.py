@@ -51,7 +51,7 @@ class Trainer:
     """One stage of training of one adapted model; train() returns its Progress, the model stands trained."""
 
     def __init__(self, adapted: Adapted, task: Any, config: TrainConfig, seed: int, accelerator: Accelerator,
-                 folder: Path, watch: Callable[[dict], None] = lambda row: None):  # fmt: skip
+                 folder: Path, watch: Callable[[dict], None] = lambda row: None, index: int = 0):  # fmt: skip
         self.adapted, self.task, self.config, self.seed, self.accelerator = adapted, task, config, seed, accelerator
         self.watch = watch
         self.rows: Any = task.splits["train"]
@@ -60,7 +60,7 @@ class Trainer:
         head = {} if config.head_lr is None else {"lr_scale": config.head_lr / config.lr}
         self.checkpoints = Checkpoints(folder, adapted, accelerator)
         found = self.checkpoints.newest()
-        adapted.begin(self._first_batches, lambda model, batch: task.loss(model, batch) / task.size(batch))
+        adapted.begin(self._first_batches, lambda model, batch: task.loss(model, batch) / task.size(batch), index=index)
         adapted.remember_base()
         if config.shard:
             shard.shard(adapted, accelerator)

@@ -123,6 +123,17 @@ class Task:
         """How well the predictions' own probabilities hold, where they have any."""
         return {}
 
+    def stages(self) -> list[Task]:
+        """What is trained on, one after another."""
+        return [self]
+
+    def scored(self) -> list[Task]:
+        """What the trained model is scored on."""
+        return [self]
+
+    def enter(self, model: nn.Module, task: Task) -> None:
+        """The model turns to one of stages() or scored()."""
+
     def describe(self) -> dict[str, Any]:
         """For the record: where the data came from, what they are, how they were split."""
         raise NotImplementedError

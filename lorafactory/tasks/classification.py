@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, List  # noqa: UP035  OmegaConf's spelling
+from typing import Any, ClassVar, List, Optional  # noqa: UP035  OmegaConf's spelling
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UserError
+from ..registry import nearest
 from . import SPLITS, labels, metrics
 from .reading import Raw
 from .splitting import Drawn
@@ -30,10 +31,13 @@ class Classification(Drawn):
     @dataclass
     class Config(Drawn.Config):
         """label: the column of classes. labels: the classes in order, where the source only numbers them. Parts of a
-        split are stratified."""
+        split are stratified. classes: rows of these alone, in this order. part: `2/3` is the second of three equal parts
+        of every split, which share no row."""
 
         label: str = "label"
         labels: List[str] = field(default_factory=list)  # noqa: UP006
+        classes: Optional[List[str]] = None  # noqa: UP006, UP045
+        part: str = ""
         primary: str = "accuracy"
         metrics: List[str] = field(default_factory=lambda: ["accuracy", "macro_f1"])  # noqa: UP006
 
@@ -41,6 +45,10 @@ class Classification(Drawn):
             super().__post_init__()
             if self.primary not in self.metrics:
                 raise UserError(f"task.primary={self.primary} is not among task.metrics={self.metrics}")
+            if self.classes is not None and not 2 <= len(set(self.classes)) == len(self.classes):
+                raise UserError(f"task.classes={self.classes}: name two or more, each once")
+            if self.part:
+                cut(self.part)
 
     def __init__(self, config: Any):
         super().__init__(config)
@@ -65,7 +73,12 @@ class Classification(Drawn):
     def load(self) -> None:
         self.raw = self.place(self.read())
         numbers = self.numbers(self.raw["train"], self.raw)
-        rows = self.divide({s: self.strata(n) for s, n in numbers.items()})
+        kept = {s: self.kept(n) for s, n in numbers.items()}
+        rows = self.divide({s: self.strata(n[kept[s]]) for s, n in numbers.items()})
+        rows = {s: kept[o][rows[s]] for s, o in self.source_split.items()}
+        if (chosen := self.config.classes) is not None:
+            place = np.array([chosen.index(n) if n in chosen else -1 for n in self.labels])
+            numbers, self.labels = {s: place[n] for s, n in numbers.items()}, list(chosen)
         self.inputs = {s: self.shown(s, [self.raw[o].inputs[i] for i in rows[s]]) for s, o in self.source_split.items()}
         self.targets = {s: numbers[o][rows[s]].tolist() for s, o in self.source_split.items()}
         pairs = {s: zip(self.inputs[s], self.targets[s], strict=True) for s in SPLITS}
@@ -78,6 +91,21 @@ class Classification(Drawn):
         if "f1" in self.config.metrics and len(self.labels) != 2:
             raise UserError(f"f1 is for two classes, these are {len(self.labels)}: task.metrics=[accuracy,macro_f1]")
         return {s: labels.numbers(r, self.labels, given) for s, r in used.items()}
+
+    def kept(self, targets: np.ndarray) -> np.ndarray:
+        """The rows of a source split that `classes` and `part` leave, in order. Raises UserError for an unknown class."""
+        c, rows = self.config, np.arange(len(targets))
+        if c.classes is not None:
+            if unknown := [n for n in c.classes if n not in self.labels]:
+                raise UserError(f"task.classes: no class {unknown[0]!r}; {nearest(unknown[0], self.labels)}")
+            rows = rows[np.isin(targets, [self.labels.index(n) for n in c.classes])]
+        if c.part:
+            which, of = cut(c.part)
+            strata = self.strata(targets[rows])
+            order = np.random.default_rng(c.split_seed).permutation(len(rows))
+            ranked = order[np.argsort(strata[order], kind="stable")]  # every stratum in one go, shuffled within
+            rows = rows[np.sort(ranked[which - 1 :: of])]
+        return rows
 
     def told(self, target: Any) -> Any:
         """A target for the fingerprint: a class by its name."""
@@ -138,3 +166,11 @@ class Classification(Drawn):
             "missing_labels": {s: names for s, names in missing.items() if names},
             "majority": {"label": self.labels[most], **self.metrics(always, self.targets["test"])},
         }
+
+
+def cut(part: str) -> tuple[int, int]:
+    """'2/3' -> (2, 3). Raises UserError for what is no part of a whole."""
+    which, _, of = part.partition("/")
+    if not (which.isdecimal() and of.isdecimal() and 1 <= int(which) <= int(of)):
+        raise UserError(f"task.part={part}: the second of three is 2/3")
+    return int(which), int(of)

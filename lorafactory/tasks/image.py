@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Optional
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import UserError
-from . import SPLITS, register_task
+from . import SPLITS, corruptions, register_task
 from .classification import Classification
 from .degrading import Degraded
 from .pictures import Picture, read
@@ -33,13 +33,15 @@ class Image(Classification):
     class Config(Classification.Config):
         """image: the column of pictures. head: `linear`, drawn and trained; or, for CLIP, `zero_shot`: the features of
         every class's prompt, frozen. prompt: for zero_shot, with {} where the class name goes, `_` read as a space.
-        degraded: training pictures pass degradations in random order, the same in every epoch; scored ones never."""
+        degraded: training pictures pass degradations in random order, the same in every epoch; scored ones never.
+        corruption: of all pictures, `blur:3` or another of corruptions.KINDS, from 1 to 5; `rotate:90` turns them."""
 
         kind: str = "image"
         image: str = "image"
         head: str = "linear"
         prompt: str = PROMPT
-        degraded: bool = False
+        degraded: Optional[bool] = None  # noqa: UP045
+        corruption: str = ""
 
         def __post_init__(self) -> None:
             super().__post_init__()
@@ -49,6 +51,8 @@ class Image(Classification):
                 raise UserError(f"task.prompt={self.prompt!r}: write {{}} once, where the class name goes")
             if self.head == "linear" and self.prompt != PROMPT:
                 raise UserError(f"task.prompt={self.prompt!r} has no effect on task.head=linear: leave it out")
+            if self.corruption:
+                corruptions.parse(self.corruption)
 
     def read(self) -> dict[str, Raw]:
         c = self.config
@@ -58,6 +62,10 @@ class Image(Classification):
         if not self.config.degraded or split != "train":
             return inputs
         return [Degraded(p, self.config.split_seed) for p in inputs]
+
+    def place(self, raw: dict[str, Raw]) -> dict[str, Raw]:
+        found, how = super().place(raw), self.config.corruption
+        return {s: replace(r, inputs=corruptions.All(r.inputs, how)) for s, r in found.items()} if how else found
 
     def content(self, row: Picture) -> str:
         return row.digest

@@ -12,7 +12,7 @@ import torch
 from killing import draw
 from runs import TINY, command, configured, environment, lorafactory, trainer
 
-from lorafactory import checkpoint, record, run
+from lorafactory import checkpoint, course, record, run
 
 SLOW = [pytest.param(f"variant={v}", marks=pytest.mark.slow) for v in ("full", "lora", "adalora", "lora_pro", "galore", "relora")]
 RUN = ["run", *TINY, "train.steps=30", "train.checkpoint_every=3", "train.batch_size=16", "train.micro_batch_size=6"]
@@ -93,6 +93,54 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(tmp_path, server, varia
         assert names(tmp_path / str(k)) == names(tmp_path / "a"), moment  # nothing half-written stays
 
 
+STAGES = "task.stages=[{task: toy, classes: [red, blue], train_size: 48, selection_size: 12, test_size: 12}, "
+STAGES += "{task: toy, train_size: 48, selection_size: 12, test_size: 12}]"
+SEQUENCE = ["run", *TINY, "task=sequence", STAGES, "train.steps=6", "train.batch_size=8", "train.checkpoint_every=3",
+        "train.eval_every=4", "train.keep=best", "train.lr=1e-2", "results.keep_adapter=true", "variant.dropout=0.2"]  # fmt: skip
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(22, marks=pytest.mark.slow)])
+def test_a_sequence_killed_in_any_stage_ends_with_the_same_bits(tmp_path, server, kills):
+    options = [*SEQUENCE, "variant=dora+pissa"]
+    undisturbed = server.run([*options, f"results.folder={tmp_path / 'a'}"], traced=True)
+    assert undisturbed.status == 0, undisturbed.said
+    expected = left(tmp_path / "a")
+    # in the second stage; between the two; then anywhere
+    lines, own = undisturbed.moments["train"], undisturbed.moments["course"]
+    moments = [lines[len(lines) * 3 // 4], own[len(own) * 2 // 3], *draw(undisturbed.moments, kills, "sequence")]
+    for k, moment in enumerate(moments[:kills]):
+        again = [*options, f"results.folder={tmp_path / str(k)}"]
+        assert server.run(again, kill_at=moment).status == -signal.SIGKILL, moment
+        ended = server.run(again)
+        assert ended.status == 0, (moment, ended.said)
+        assert left(tmp_path / str(k)) == expected, moment
+        assert names(tmp_path / str(k)) == names(tmp_path / "a"), moment
+
+
+def test_a_torn_stage_is_passed_over(tmp_path, monkeypatch, caplog):
+    """The stage before it counts, and is trained on from."""
+    options = [o for o in SEQUENCE[4:] if not o.startswith("results")]
+    whole = run.run(configured(*options, f"results.folder={tmp_path / 'a'}")).record
+
+    def stop(self):
+        if self.past.step == 2:
+            raise KeyboardInterrupt
+        return score(self)
+
+    score = course.Course._score
+    monkeypatch.setattr(course.Course, "_score", stop)
+    with pytest.raises(KeyboardInterrupt, match="goes on from"):
+        run.run(configured(*options, f"results.folder={tmp_path / 'b'}"))
+    monkeypatch.setattr(course.Course, "_score", score)
+    (folder,) = (tmp_path / "b/scratch/checkpoints").iterdir()
+    assert sorted(p.name for p in folder.iterdir()) == ["stage-001", "step-000000", "step-000001"]
+    (folder / "step-000001/adapter.safetensors").write_bytes(b"")
+    assert checkpoint.read_json(folder / "step-000000/state.json")["step"] == 0
+    again = run.run(configured(*options, f"results.folder={tmp_path / 'b'}")).record
+    assert "step-000001 cannot be used" in caplog.text
+    assert again["metrics"] == whole["metrics"] and again["curve"] == whole["curve"]
+
+
 def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path):
     options = [*RUN, "train.steps=5000", "train.checkpoint_every=7", f"results.folder={tmp_path}"]
     child = subprocess.Popen(command(*options), env=environment(), stderr=subprocess.PIPE, text=True)
@@ -113,7 +161,7 @@ def test_ctrl_c_outside_of_training_says_so_too(tmp_path, monkeypatch, every, to
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "_score", stop)
+    monkeypatch.setattr(course.Course, "_score", stop)
     with pytest.raises(KeyboardInterrupt, match=told):
         run.run(configured("train.steps=4", f"train.checkpoint_every={every}", f"results.folder={tmp_path}"))
 
