@@ -1,6 +1,7 @@
 """The interface that every variant is written against. Reading order: site, delta, low_rank, part, adapter."""
 
 from .adapter import Adapter
+from .continual import Continual, Memory, used
 from .delta import Additive, Copy, Delta, Wrapper, exact, kronecker, linear, numbers
 from .elastic import Elastic
 from .low_rank import LowRank
@@ -15,12 +16,14 @@ __all__ = [
     "Adapter",
     "Additive",
     "Base",
+    "Continual",
     "Copy",
     "Decomposition",
     "Delta",
     "Elastic",
     "Init",
     "LowRank",
+    "Memory",
     "Part",
     "Peft",
     "Posterior",
@@ -36,4 +39,5 @@ __all__ = [
     "kronecker",
     "linear",
     "numbers",
+    "used",
 ]

@@ -30,6 +30,7 @@ class RestartingConfig(DynamicsConfig):
 
 class Restarting(Part):
     axis, needs = "dynamics", frozenset({"low_rank"})
+    does = frozenset({"restarts the factors"})
     minds = frozenset({"trains truncations"})  # a past has no ranks to cut
     Config = RestartingConfig
 

@@ -76,7 +76,8 @@ class LoRAPro(Part):
 
     paper = "LoRA-Pro, arXiv 2407.18242"
     axis, needs = "dynamics", frozenset({"low_rank"})
-    minds = frozenset({"penalty on the factors", "trains truncations"})  # it reads the gradient of W out of those of A and B
+    # it reads the gradient of W out of those of A and B
+    minds = frozenset({"penalty on the factors", "trains truncations", "A is frozen"})
 
     @dataclass
     class Config(DynamicsConfig):
