@@ -253,6 +253,7 @@ MUTANTS = [  # file, what stands there, what stands there instead, where
     ("variants/mos.py", "c.alpha / rank", "c.alpha / c.lora_rank", "@mos"),
     ("variants/mos.py", "index.max() >= rows", "False", "@mos"),
     ("variants/owlora.py", "        rows.sub_(memory.inside(rows))", "        pass", "@owlora"),
+    ("variants/inflora.py", "(before < share)", "(held < share)", "@inflora"),
     ("variants/o_lora.py", "memory.rows @ low.A.T", "low.A @ low.A.T", "@o_lora"),
     ("variants/queryable_lora.py", "leader is not self and ", "", "@queryable_lora"),
     ("variants/queryable_lora.py", "if b < self.block and s.shape", "if s.shape",
