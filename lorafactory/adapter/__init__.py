@@ -10,6 +10,7 @@ from .peft import Peft
 from .singular import Singular
 from .site import Base, Site
 from .sparse import Sparse
+from .staged import Staged
 from .turned import Turned
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Sparse",
     "Singular",
     "Stage",
+    "Staged",
     "Step",
     "Structure",
     "Turned",

@@ -12,6 +12,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from .. import paths
+from ..adapter import Staged
 from ..errors import UserError
 from ..registry import nearest
 from ..targets import head_modules
@@ -94,8 +95,8 @@ class Sequence(Task):
 
     def enter(self, model: nn.Module, task: Task) -> None:
         index = self.parts.index(task) if task in self.parts else None
-        for heads in (m for m in model.modules() if isinstance(m, Heads)):
-            heads.turn(index)
+        for module in (m for m in model.modules() if isinstance(m, Staged)):
+            module.turn(index)
 
     def scored(self) -> list[Task]:
         return list(self.parts)
@@ -119,23 +120,24 @@ class Sequence(Task):
         return {"name": self.config.name, "kind": self.config.kind, "fingerprint": prints, "sizes": sizes, "stages": about}
 
 
-class Heads(nn.Module):
+class Heads(Staged):
     """A head a stage: that of the stage at hand computes and, where it is trained at all, trains. turn(None): all of
     them, their outputs side by side."""
 
     def __init__(self, heads: list[nn.Module]):
         super().__init__()
-        self.heads, self.active = nn.ModuleList(heads), 0
+        self.heads = nn.ModuleList(heads)
+        self.at = 0
 
     def turn(self, index: int | None) -> None:
-        self.active = index  # type: ignore[assignment]
+        super().turn(index)
         trained = any(p.requires_grad for p in self.parameters())
         for i, head in enumerate(self.heads):
             head.requires_grad_(trained and index in (None, i))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.active is not None:
-            return self.heads[self.active](*args, **kwargs)
+        if self.at is not None:
+            return self.heads[self.at](*args, **kwargs)
         return torch.cat([head(*args, **kwargs) for head in self.heads], -1)
 
 
