@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import abc
 from dataclasses import dataclass, field
-from typing import Any, List  # noqa: UP035  OmegaConf's spelling
+from typing import Any, List, Optional  # noqa: UP035  OmegaConf's spelling
 
 import torch
 import torch.nn as nn
@@ -30,12 +30,14 @@ class Sequence(Task):
     class Config(Task.Config):
         """stages: `[cola, {task: digits, classes: [0, 1]}]`. heads: `own`, one a stage, and which stage a row is of is known
         when it is scored; or `shared`, for stages of the same classes. joint: all stages at once, what a sequence is
-        measured against. All else is set in the stages."""
+        measured against. unlabelled: stages, counted from 0, that train on the rows that they are scored on, without
+        their labels and with the head as it is. All else is set in the stages."""
 
         kind: str = "sequence"
         stages: List[Any] = field(default_factory=list)  # noqa: UP006
         heads: str = "own"
         joint: bool = False
+        unlabelled: Optional[List[int]] = None  # noqa: UP006, UP045
 
         def __post_init__(self) -> None:
             super().__post_init__()
@@ -45,6 +47,11 @@ class Sequence(Task):
             if self.heads not in HEADS:
                 raise UserError(f"task.heads={self.heads}: there are {', '.join(HEADS)}")
             self.stages = [config_of(stage) for stage in self.stages]
+            if self.unlabelled is not None:
+                if self.heads != "shared" or self.joint:
+                    raise UserError("task.unlabelled: without labels no head can be learnt: task.heads=shared, joint=false")
+                if not all(0 < k < len(self.stages) for k in self.unlabelled):
+                    raise UserError(f"task.unlabelled={self.unlabelled}: stages from 1 on, for the first needs labels")
 
     def __init__(self, config: Any):
         super().__init__(config)
@@ -91,9 +98,13 @@ class Sequence(Task):
             part.prepare(processor)
 
     def stages(self) -> list[Task]:
-        return [Joint(self)] if self.config.joint else list(self.parts)
+        if self.config.joint:
+            return [Joint(self)]
+        return [Unlabelled(p) if k in (self.config.unlabelled or ()) else p for k, p in enumerate(self.parts)]
 
     def enter(self, model: nn.Module, task: Task) -> None:
+        if self.config.unlabelled is not None:
+            model.adapter.trained.requires_grad_(not isinstance(task, Unlabelled))  # type: ignore[union-attr, operator]
         index = self.parts.index(task) if task in self.parts else None
         for module in (m for m in model.modules() if isinstance(m, Staged)):
             module.turn(index)
@@ -180,6 +191,39 @@ class Joint(Task):
 
     def metrics(self, predictions: list[Any], references: list[Any]) -> dict[str, Any]:
         return self.first.metrics(predictions, references)
+
+
+class Unlabelled(Task):
+    """Test-time adaptation: the rows that a stage is scored on, their labels left out. The loss is the cross entropy with the
+    logits that a part puts into the batch as `teacher`; where none does, with the model's own: its entropy (TENT)."""
+
+    def __init__(self, part: Task):
+        if not isinstance(part, Classification):
+            raise UserError("task.unlabelled: only stages of classes can be learnt without labels")
+        self.part, self.primary = part, part.primary
+        self.splits = {**part.splits, "train": part.splits["test"]}
+
+    def training_batch(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return {k: v for k, v in self.part.collate(rows).items() if k != "labels"}
+
+    def collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return self.part.collate(rows)
+
+    def size(self, batch: dict[str, Tensor]) -> int:
+        return len(next(iter(batch.values())))
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        logits = self.part._logits(model, {k: v for k, v in batch.items() if k != "teacher"})
+        return -(batch.get("teacher", logits).float().softmax(-1) * logits.log_softmax(-1)).sum()
+
+    def predict(self, model: nn.Module, batch: dict[str, Tensor]) -> list[Any]:
+        return self.part.predict(model, batch)
+
+    def references(self, split: str) -> list[Any]:
+        return self.part.references(split)
+
+    def metrics(self, predictions: list[Any], references: list[Any]) -> dict[str, Any]:
+        return self.part.metrics(predictions, references)
 
 
 class Chained(abc.Sequence):

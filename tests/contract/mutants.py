@@ -236,6 +236,7 @@ MUTANTS = [  # file, what stands there, what stands there instead, where
     ("variants/salt.py", "+ self.clipped() * z2", "", "@salt"),
     ("variants/sara.py", "self.index[:, ~out].contiguous()", "self.index[:, out].contiguous()", "@sara"),
     ("variants/sara.py", "step.rebuild_optimizer()", "pass", "@sara"),
+    ("variants/vida.py", "self.lam[0] * u1, self.lam[1] * u2", "u1, u2", "@vida"),
     ("variants/share.py", "(self.alpha @ self.past_a[t]).T", "(self.alpha @ self.a).T", "@share"),
     ("variants/shira.py", "scores * site.base.weight.abs()", "scores", "@shira"),
     ("variants/shira.py", "[n * offset :]", "[:n]", "@shira"),
