@@ -10,6 +10,8 @@ from samples import loaded, make, refused
 from transformers import BertForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
 from lorafactory import Adapted, models, record, registry, run
+from lorafactory.tables.build import build
+from lorafactory.tables.spec import parse
 from lorafactory.tasks import transfer
 from lorafactory.tasks.sequence import Heads, config_of, with_outputs
 
@@ -158,6 +160,11 @@ def test_a_run_scores_every_task_met_and_the_next_one(tmp_path):
     assert [r["step"] for r in made["curve"]] == list(range(1, 25)) and made["optimizer"]["steps"] == 24
     raw = record.read_predictions(run.run(configured(*options)).path)
     assert [len(r) for r in raw["test"]] == [40, 60, 30]
+    columns = [{"task": "sequence", "metric": m, "label": m} for m in ("primary", "backward_transfer", "forgetting")]
+    shown = build(parse("mine", {"experiments": ["adhoc"], "tasks": columns, "mean": False}), tmp_path, scratch=True)
+    cells = shown.rows[0].cells
+    for column, name in (("primary", "average"), ("backward_transfer", "backward_transfer"), ("forgetting", "forgetting")):
+        assert cells[column].values == {0: pytest.approx(made["metrics"]["test"][name])}
     joint = run.run(configured(*options, "task.joint=true")).record
     assert len(joint["metrics"]["test"]["matrix"]) == 1 and "backward_transfer" not in joint["metrics"]["test"]
     assert joint["id"] != made["id"] and joint["optimizer"]["steps"] == 8
