@@ -59,7 +59,7 @@ def lazily(stage: Stage, count: int) -> Iterator[Any]:
 
 def one_by_one(stage: Stage, count: int) -> Iterator[Stage]:
     """The stage with one batch alone, for up to `count` batches."""
-    for batch in _lazily(stage, count):
+    for batch in lazily(stage, count):
         yield replace(stage, batches=partial(_only, batch))
 
 
