@@ -188,9 +188,9 @@ class Adapter(nn.Module):
         for p, m in elastic.items():
             m.allocate(saved[p])
         self.load_state_dict(state)
-        self._tie(state)
         kernels.changed()
         self.started = True
+        self._tie(state)
 
     def _tie(self, state: dict[str, Tensor]) -> None:
         """Parameters of Elastic modules that were one when they were saved, and so are one tensor in `state`, are one again."""

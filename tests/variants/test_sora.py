@@ -8,7 +8,7 @@ from support import Net, Regression, adamw, attached, close, perturb, same, trai
 from transformers import BertConfig, BertModel
 
 from lorafactory import Adapted, UserError, attach, checkpoint, gates, load, registry
-from lorafactory.peft_folder import export_lora
+from lorafactory.peft_folder import export_lora, export_peft
 
 SMALL = {"threshold": 0.02}
 RISING = {"schedule": "linear", "most": 0.2}
@@ -107,6 +107,16 @@ def test_pruning_is_exact_and_leaves_a_plain_lora(tmp_path):
     assert ranks == {s.name: low.rank for s, low in adapted.adapter.low_ranks() if low.rank}
     adapted.save(tmp_path / "own")
     assert torch.equal(load(copy.deepcopy(base), tmp_path / "own")(x), adapted(x))
+
+
+def test_peft_reads_it_as_the_lora_that_it_is(tmp_path):
+    peft = pytest.importorskip("peft")
+    base, data, adapted = built(threshold=0.06)
+    train(adapted, data, adapted.optimizer(adamw, 16))
+    adapted.end()
+    assert export_peft(adapted, tmp_path / "a") == "LORA"
+    x = torch.randn(6, 24)
+    assert close(peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "a"))(x), adapted(x), 3)
 
 
 def test_a_huge_threshold_empties_every_layer():
