@@ -130,7 +130,8 @@ def numbers(*modules: nn.Module) -> list[Tensor]:
         module = left.pop()
         if module not in seen:
             seen.add(module)
-            found += (t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None)
+            own = (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values())
+            found += (t for t in own if isinstance(t, Tensor))
             left += (m for m in (*module._modules.values(), *module.__dict__.values()) if isinstance(m, nn.Module))
     return found
 

@@ -60,20 +60,22 @@ class Once:
     """The last value and what it was computed from. A copy starts empty."""
 
     def __init__(self) -> None:
+        self._of: list[Tensor] = []  # held, so that no new tensor can pass for one of them
         self._key: tuple | None = None
         self._value: Any = None
 
-    def __call__(self, compute: Callable[[], Any], of: Iterable[Tensor]) -> Any:
-        """compute(), or its earlier value where no tensor of `of` can have changed. Needs no gradient."""
+    def __call__(self, compute: Callable[[], Any], of: Iterable[Tensor], *also: Any) -> Any:
+        """compute(), or its earlier value where no tensor of `of` can have changed and `also` is the same. Needs no
+        gradient."""
         if torch.compiler.is_compiling():
             return compute()
         tensors = list(of)
         if not (_still or any(t in _watched for t in tensors if t.requires_grad)):
-            self._key = self._value = None
+            self._of, self._key, self._value = [], None, None
             return compute()
-        key = (_tick, *((id(t), t._version, t.data_ptr(), t.dtype) for t in tensors))
-        if key != self._key:
-            self._value, self._key = compute(), key
+        key = (_tick, *also, *((t._version, t.data_ptr(), t.dtype) for t in tensors))
+        if key != self._key or any(a is not b for a, b in zip(tensors, self._of, strict=True)):
+            self._of, self._key, self._value = tensors, key, compute()
         return self._value
 
     def __reduce__(self) -> tuple:
