@@ -194,6 +194,7 @@ def told(name: str) -> Any:
     FINE     {option: value}: under these a small change of what trains is a small update
     TOTAL    the ranks of a layer's pairs together, as a multiple of the option `rank`, where that is not 1
     TALL     how many outputs a pair has for each of its layer's, where that is not 1
+    outcome  options -> what a run leaves, where the one that test_options makes would not show all that they do
     CHANGES  {option: ([values to try], {other options under which it matters})}, where guessing by type will not do"""
     path = Path(__file__).parent / "variants" / f"test_{name}.py"
     if not path.exists():

@@ -145,23 +145,16 @@ class Share(Ranked):
     def build(self, site, make):
         return ShareDelta(site, self.fitting(site), self.scale(site), self.config.dropout)
 
-    def attach(self):
-        self.register_buffer("stage", torch.tensor(-1))
-        self.register_buffer("bases", torch.tensor(0))
-
     def begin(self, stage):
-        if stage.index <= int(self.stage):
-            return
         for _, delta in self.adapter.inside(ShareDelta):
-            if stage.index:
+            if stage.index > delta.stages():  # else it has begun: a resumed run begins it once more
                 delta.begin(self.config.start, self.config.extra)
-        self.stage.fill_(stage.index)
 
     def end(self, stage):
         for _, delta in self.adapter.inside(ShareDelta):
             delta.end(self.config.components, self.config.center)
-        self.bases += 1
         return True
 
     def counters(self):
-        return {"bases": float(self.bases)}
+        found = [d for _, d in self.adapter.inside(ShareDelta)]
+        return {"stages_held": float(max((d.stages() + 1 for d in found if d.alpha is not None), default=0))}

@@ -136,6 +136,7 @@ def test_B21_frozen_numbers_that_were_changed_are_refused_or_used(name, tmp_path
     tensors = load_file(tmp_path / "adapter.safetensors")
     trained = {n for n, _ in adapted.adapter.named_parameters()}
     idle = ("parts.", *(f"deltas.{k}." for k in adapted.adapter.idle()))
+    idle += tuple(n for n, t in tensors.items() if n.startswith("structure.") and t.dtype == torch.long and not t.dim())  # counts
     for n in (n for n, t in tensors.items() if n not in trained and not n.startswith(idle) and t.numel()):
         changed = {**tensors, n: tensors[n] + 1}
         save_file(changed, tmp_path / "adapter.safetensors")

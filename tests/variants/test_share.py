@@ -78,7 +78,7 @@ def test_a_wide_basis_keeps_every_stage():
         after = outputs(adapted, index + 1)
         assert all(close(a, b, 5) for a, b in zip(after, before, strict=True)), index
         assert index == 0 or not close(after[0], after[-1]), "each stage has a function of its own"
-    assert adapted.adapter.counters() == {"bases": 3.0}
+    assert adapted.adapter.counters() == {"stages_held": 3.0}
 
 
 def test_a_narrow_basis_loses_what_lies_outside():

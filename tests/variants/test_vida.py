@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from runs import configured
-from support import Net, Regression, attached, close, perturb
+from support import Net, Regression, adamw, attached, close, perturb
 
 from lorafactory import UserError, attach, run
 from lorafactory.variants.vida import ViDADelta, changed
@@ -26,20 +26,35 @@ class Tiny(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.fc = torch.nn.Linear(48, 5)
+        self.fc1, self.head = torch.nn.Linear(48, 12), torch.nn.Linear(12, 5)
 
     def forward(self, pixel_values):
-        return SimpleNamespace(logits=self.fc(pixel_values.flatten(1)))
+        return SimpleNamespace(logits=self.head(torch.tanh(self.fc1(pixel_values.flatten(1)))))
 
 
 def online(**options):
     torch.manual_seed(1)
-    adapted = attach(Tiny(), "vida", high=4, target_modules=["fc"], **options)
+    adapted = attach(Tiny(), "vida", **{"high": 4, **options})
     perturb(adapted.adapter, 0.5)
     x = torch.randn(6, 3, 4, 4)
     adapted.train().begin([{"pixel_values": x}], lambda model, batch: model(**batch).logits.sum(), index=1)
     part = adapted.adapter.structure
     return adapted, part, deltas(adapted)[0], x
+
+
+def outcome(options):
+    """Four steps without labels, on pictures."""
+    adapted, part, d, x = online(**options)
+    optimizer = adapted.optimizer(adamw, 4)
+    for i in range(4):
+        torch.manual_seed(i)
+        batch = {"pixel_values": x}
+        adapted.adapter.before_forward(batch)
+        logits = adapted(pixel_values=x).logits
+        optimizer.zero_grad()
+        (-batch["teacher"].softmax(-1) * logits.log_softmax(-1)).sum().backward()
+        optimizer.step()
+    return (str({n: t.tolist() for n, t in adapted.adapter.state_dict().items()}),)
 
 
 def test_the_update_with_and_without_weights():
