@@ -144,6 +144,11 @@ class MonteCLoRA(Posterior):
             cloud.low.__dict__["noise"] = cloud
         self.register_buffer("draws", torch.zeros((), dtype=torch.long))
 
+    def complaints(self, state):
+        names = {m: n for n, m in self.adapter.named_modules()}
+        ranks = {f"{names[c]}.tau": len(state[f"{names[c.low]}.A"]) for c in self.clouds}
+        return [f"{n} is {list(state[n].shape)}, not [{r}]" for n, r in ranks.items() if len(state[n]) != r]
+
     @property
     def samples(self):
         return self.config.samples
@@ -151,7 +156,6 @@ class MonteCLoRA(Posterior):
     def before_forward(self, batch):
         """One draw for whatever reads a pair in this pass, and again where it is recomputed."""
         if self.training and torch.is_grad_enabled():
-            self.draws += 1
             for cloud in self.clouds:
                 cloud.__dict__["fixed"] = cloud.draw()
 
@@ -173,6 +177,7 @@ class MonteCLoRA(Posterior):
         return sum(found) / len(found) if found else 0.0
 
     def after_step(self, step):
+        self.draws += any(cloud.sigma is not None for cloud in self.clouds)
         self.forget()
 
     def forget(self):
@@ -182,4 +187,4 @@ class MonteCLoRA(Posterior):
     def counters(self):
         deviations = torch.cat([c.tau.detach().exp() for c in self.clouds])
         spread = float(self.config.size * deviations.mean()) if len(deviations) else 0.0
-        return {"drawn_passes": int(self.draws), "mean_deviation": spread, "draws_an_evaluation": self.samples}
+        return {"drawn_steps": int(self.draws), "mean_deviation": spread, "draws_an_evaluation": self.samples}

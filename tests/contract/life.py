@@ -71,9 +71,11 @@ class Life:
         empty = {a: registry.CONFIGS[a]() for a in registry.PARTS if a not in registry.WRAPPING}
         return replace(self.config, **empty)
 
+    @torch.no_grad()  # some parts let training compute something else: a sample, the same in other roundings
     def output(self, adapted: Any) -> Tensor:
-        return adapted(self.x).detach()
+        return adapted(self.x)
 
+    @torch.no_grad()
     def forward_is_weight(self, adapted: Adapted, when: str, times: float = 1.0) -> None:
         for s, d in linear_sites(adapted):
             if d.mergeable:
@@ -97,7 +99,7 @@ def training(spelling: str, folder: Path) -> list[str]:
     adapted = start(c)
     killed, losses = run(c, adapted, folder)
     resume(c, adapted, killed, losses)
-    adapted.eval()  # some parts let training compute something else: a sample, the same in other roundings
+    adapted.eval()
     finish(c, adapted)
     reload(c, adapted, folder)
     copies(c, adapted)
@@ -384,7 +386,8 @@ def half(spelling: str) -> list[str]:
         all(p.dtype == torch.float32 for p in adapted.adapter.parameters()),
         "a bfloat16 base has an adapter in half precision",
     )
-    y = adapted(x).detach()
+    with torch.no_grad():
+        y = adapted(x)
     c.ok(y.dtype == torch.bfloat16 and (not c.zero or close(y, y0)), "attach changes the output in bfloat16")
     before = overall(adapted, data)
     train(adapted, data, adapted.optimizer(adamw, 8), steps=8)

@@ -68,7 +68,7 @@ def test_the_record_holds_them(tmp_path):
     for split in ("selection", "test"):
         assert found["metrics"][split]["samples"] == 2 and found["metrics"][split]["spread"] > 0
         assert 0 <= found["metrics"][split]["ece"] <= 1
-    assert found["optimizer"]["method"]["drawn_passes"] == 8
+    assert found["optimizer"]["method"]["drawn_steps"] == 8
 
 
 def test_an_axis_that_is_not_chosen_leaves_an_id_as_it_was():

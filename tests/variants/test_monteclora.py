@@ -186,6 +186,14 @@ def test_ranks_that_go_take_their_scales_along(tmp_path):
     assert same(again.adapter.state_dict(), adapted.adapter.state_dict()) and len(clouds(again)[0].tau) == 2
 
 
+def test_a_scale_of_another_length_than_the_rank_is_refused():
+    adapted, _ = setting()
+    state = adapted.adapter.state_dict()
+    state["parts.posterior.clouds.1.tau"] = torch.ones(4, dtype=torch.float64)
+    with pytest.raises(UserError, match=r"clouds.1.tau is \[4\], not \[3\]"):
+        adapted.adapter.load(state)
+
+
 def test_a_copy_draws_for_itself():
     adapted, data = setting()
     perturb(adapted.adapter, 0.3)
@@ -209,7 +217,7 @@ def test_resume(tmp_path):
     optimizer = again.optimizer(adamw, 6)
     optimizer.lifecycle.index = checkpoint.restore_optimizer(optimizer, tmp_path / "a")["step"]
     assert train(again, data, optimizer, start=3, steps=6) == want[3:]
-    assert again.adapter.counters()["drawn_passes"] == 6
+    assert again.adapter.counters()["drawn_steps"] == 6
 
 
 def test_count():
