@@ -22,9 +22,9 @@ class ALLoRA(Part):
     """ALLoRA: each row i of W's gradient reaches A and B times 1 / sqrt(|(B A)_i| + 1 / eta^2), eta while the row is zero.
 
     Huang and Balestriero 2024. The norm stands under the root as it is, not squared; it is taken anew in every forward pass
-    and counts as a constant. What the layer's input gets is the plain gradient. There is no alpha / rank: the scale is 1,
-    whatever alpha says, and their runs have no dropout: keep it 0. The authors have published no code; eta 2 is inferred,
-    alpha / rank at our defaults. Norms are those of what trains (an anchor taken off, a past left out). Under adamw the size
+    and counts as a constant. What the layer's input gets is the plain gradient. The paper has neither alpha / rank nor
+    dropout: give alpha = rank, a scale of 1, and keep dropout 0. The authors have published no code; eta 2 is inferred.
+    Norms are those of what trains (an anchor taken off, a past left out). Under adamw the size
     of a gradient cancels out, and only how rows and steps compare counts; under sgd all of it does.
 
     Cost: the update's factors carry the gradient on ranks of their own, twice LoRA's while training; one Gram matrix of A."""
@@ -44,7 +44,6 @@ class ALLoRA(Part):
 
     def attach(self):
         for _, low in self.adapter.low_ranks():
-            low.scale.fill_(1.0)
             low.row_rates = partial(rates, eta=self.config.eta)
 
     def counters(self):

@@ -14,7 +14,8 @@ def setting(variant="allora", eta=2.0, **options):
     torch.manual_seed(0)
     base = Net().double()
     data = Regression(base)
-    own = {"dynamics": {"eta": eta}} if "allora" in variant else {"alpha": 3.0}  # a scale of 1
+    own = {"dynamics": {"eta": eta}} if "allora" in variant else {}
+    options = {"alpha": 3.0, **options}  # with rank 3 a scale of 1
     return attached(variant, base, data, target_modules=TARGETS, rank=3, **own, **options), data
 
 
@@ -25,7 +26,7 @@ def pairs(adapted):
 def one_layer(gate=False):
     """A perturbed pair of ALLoRA's, and a weight G of the loss sum(G * W)."""
     torch.manual_seed(1)
-    adapted = attach(torch.nn.Sequential(torch.nn.Linear(5, 7).double()), "allora", rank=2).train()
+    adapted = attach(torch.nn.Sequential(torch.nn.Linear(5, 7).double()), "allora", rank=2, alpha=2).train()
     low = next(iter(pairs(adapted).values()))
     if gate:
         low.add_gate(1.0)
@@ -100,10 +101,11 @@ def test_the_function_is_the_plain_one(over):
         assert ours.A.grad.any() and not close(ours.A.grad, theirs.A.grad, 1e3)
 
 
-def test_the_scale_is_one_whatever_alpha_says():
-    assert {float(low.scale) for low in pairs(setting(alpha=7.0)[0]).values()} == {1.0}
-    adapted, _ = setting(rank_pattern={"fc2": 5})
-    assert {float(low.scale) for low in pairs(adapted).values()} == {1.0}
+def test_norms_are_those_of_the_scaled_update():
+    low = one_layer()[1]
+    before = rates(low, 2.0)
+    low.scale.fill_(3.0)
+    assert close(rates(low, 2.0), (low.product().norm(dim=1) + 0.25).rsqrt()) and not close(rates(low, 2.0), before)
 
 
 def test_the_rate_falls_as_a_row_grows():
