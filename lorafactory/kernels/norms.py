@@ -76,17 +76,15 @@ def halves(a: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def _by_rows(w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor, axis: int, weights: Tensor | None) -> Tensor:
     b = b * scale if isinstance(scale, Tensor) or scale != 1 else b
     found = a.new_zeros(w.shape[1 - axis])
-    weighted = weights is not None
-    if weights is None:
-        weights = a.new_ones(w.shape[axis])  # the same operations, so that q = 1 changes no bit
-    weights = weights.sqrt() if axis else weights
+    root = None if weights is None else weights.sqrt()
+    weights = a.new_ones(w.shape[0]) if weights is None else weights  # the same operations: q = 1 changes no bit
     size = max(1, min(w.shape[0], CACHED // max(1, w.shape[1])))
     buffer = a.new_empty(size, w.shape[1])
     for start in range(0, w.shape[0], size):
         rows = slice(start, start + size)
         v = torch.addmm(w[rows].to(a.dtype), b[rows], a, out=buffer[: min(size, w.shape[0] - start)])
         if axis:
-            torch.linalg.vector_norm(v.mul_(weights) if weighted else v, dim=1, out=found[rows])
+            torch.linalg.vector_norm(v if root is None else v.mul_(root), dim=1, out=found[rows])
         else:
             found.addmv_(v.square_().T, weights[rows])
     return found.square_() if axis else found
