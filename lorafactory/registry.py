@@ -246,6 +246,8 @@ def fill(cls: type, options: Any, what: str, given: dict[str, Any] | None = None
     for key in options:
         if key not in known:
             raise UserError(f"{what} has no option {key!r}; {nearest(key, set(known) - {'name'})}")
+    if not options:
+        return cls(**(given or {}))
     try:
         typed = OmegaConf.merge(OmegaConf.structured(cls), options)
         values = {f.name: getattr(OmegaConf.to_object(typed), f.name) for f in fields(cls) if f.name in options}
