@@ -15,6 +15,9 @@ sweep lotr,adalora,krona,map,bora,tied_lora,lora_xs,salt,sara,fact,loretta 3e-3,
 sweep c3a 3e-3,1e-2,3e-2,1e-1,3e-1
 sweep head_only,bitfit,ln_tuning,ia3,vera,e8_lora,leech_lora,tera,svf,vb_lora 1e-2,3e-2,1e-1,3e-1
 sweep fourierft 1e-3,3e-3,1e-2,3e-2 variant.start=zero  # its random start is larger than this base's weights
+sweep lora_fa,allora,lora_rite,riemannian,delta_lora,periodic_lora,monteclora 3e-4,1e-3,3e-3,1e-2,3e-2
+sweep flora_opt 3e-4,1e-3,3e-3,1e-2
+sweep sora,increlora,alora,autolora,diffora,codyra,dylora,matryoshka_lora,lora_squeeze,colora,airllm 1e-3,3e-3,1e-2,3e-2
 sweep waveft 1e-4,3e-4,1e-3,3e-3
 lorafactory table vision --missing | sh
 lorafactory table vision
