@@ -26,7 +26,7 @@ FACETS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "base": lambda record: " ".join(
         str(record["base"][key]) for key in ("fingerprint", "dtype", "processor") if key in record["base"]
     ),
-    "kernels": lambda record: record.get("kernels"),
+    "kernels": lambda record: (record.get("kernels") or {}).get("chosen", "auto"),
 }
 
 

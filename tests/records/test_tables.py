@@ -301,7 +301,7 @@ MIXED = [
     ("base", {"base": {"fingerprint": "b1"}}, {}),
     ("base", {"base": {"dtype": "bfloat16"}}, {}),
     ("base", {"base": {"processor": "ViTImageProcessorFast 224"}}, {}),
-    ("kernels", {"kernels": "triton"}, {}),
+    ("kernels", {"kernels": {"chosen": "triton", "used": {}}}, {}),
     ("data", {"data": {"fingerprint": "other"}}, {}),
     ("data", {"data": {"sizes": {"test": 249}}}, {}),
     ("train.steps", {"config": {"train": {"steps": 80}}}, {}),
