@@ -64,12 +64,12 @@ class Once:
         self._key: tuple | None = None
         self._value: Any = None
 
-    def __call__(self, compute: Callable[[], Any], of: Iterable[Tensor], *also: Any) -> Any:
-        """compute(), or its earlier value where no tensor of `of` can have changed and `also` is the same. Needs no
+    def __call__(self, compute: Callable[[], Any], of: Callable[[], list[Tensor]], *also: Any) -> Any:
+        """compute(), or its earlier value where no tensor of of() can have changed and `also` is the same. Needs no
         gradient."""
         if torch.compiler.is_compiling():
             return compute()
-        tensors = list(of)
+        tensors = of()
         if not (_still or any(t in _watched for t in tensors if t.requires_grad)):
             self._of, self._key, self._value = [], None, None
             return compute()

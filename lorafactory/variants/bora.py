@@ -47,7 +47,7 @@ class BoRADelta(Wrapper):
             rho, kappa = self.norms(base)
         else:
             with torch.no_grad():
-                rho, kappa = self.once(lambda: self.norms(base), numbers(self, base.module), self.training)
+                rho, kappa = self.once(lambda: self.norms(base), lambda: numbers(self, base.module), self.training)
         return self.rows / rho, self.columns / kappa
 
     def weight(self, base):

@@ -41,7 +41,7 @@ class DoRADelta(Wrapper):
         if not self.constant:
             return self.magnitude / self.norm(base)
         with torch.no_grad():
-            c = self.once(lambda: self.norm(base), numbers(self, base.module), self.training)
+            c = self.once(lambda: self.norm(base), lambda: numbers(self, base.module), self.training)
         return self.magnitude / c
 
     def weight(self, base):

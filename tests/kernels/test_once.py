@@ -176,10 +176,24 @@ def test_a_value_needs_no_tensor_to_be_alive():
     kernels.watch([p])
     made = []
     compute = lambda: (made.append(1), p.detach().sum())[1]  # noqa: E731
-    assert once(compute, [p]) == once(compute, [p]) == 3 and len(made) == 1
+    assert once(compute, lambda: [p]) == once(compute, lambda: [p]) == 3 and len(made) == 1
     p.data = F.pad(p.data, (0, 1), value=1.0)
-    assert once(compute, [p]) == 4
+    assert once(compute, lambda: [p]) == 4
     kernels.leave([p])
-    once(compute, [p])
-    once(compute, [p])
+    once(compute, lambda: [p])
+    once(compute, lambda: [p])
     assert len(made) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["lora", "dora", "bora", "vera+dora"])
+def test_compiled_whole_and_never_stale(variant):
+    model = attach(nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 6)), variant, rank=2)
+    optimizer = model.optimizer(OPTIMIZERS["fused"], total=9)
+    compiled, x = torch.compile(model, fullgraph=True), torch.randn(3, 12)
+    for _ in range(3):
+        out = compiled(x)
+        assert torch.allclose(out, model(x), atol=1e-5)
+        out.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
