@@ -5,10 +5,11 @@ set -u
 PATH="$(dirname "$0")/../.venv/bin:$PATH"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE=1
 sweep() { variants=$1 rates=$2; shift 2; lorafactory run -m experiment=sequence seed=0 "variant=$variants" "train.lr=$rates" "$@"; }
-sweep full 3e-4,1e-3,3e-3
-sweep lora,o_lora,owlora 1e-3,3e-3,1e-2
-sweep inflora 3e-3,1e-2,3e-2
-sweep share 1e-3,3e-3,1e-2
+sweep full 3e-5,1e-4,3e-4,1e-3,3e-3
+sweep lora,owlora 1e-4,3e-4,1e-3,3e-3,1e-2
+sweep o_lora 3e-4,1e-3,3e-3,1e-2,3e-2
+sweep inflora 3e-4,1e-3,3e-3,1e-2,3e-2
+sweep share 1e-3,3e-3,1e-2,3e-2,1e-1
 sweep lora 1e-3,3e-3,1e-2 task.joint=true task.name=turned_digits_joint train.steps=500
 lorafactory table sequence --missing | sh
 lorafactory table sequence_joint --missing | sh

@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
     given = parser.parse_args(argv)
     table = build(load(given.spec), given.results, given.with_scratch)
     if given.missing:
-        print("\n".join(table.missing()))
+        print("\n".join(dict.fromkeys(table.missing())))  # once, however many metrics of a run are shown
         return 0
     print(render.text(table))
     below = given.results / "scratch" if given.with_scratch else given.results
