@@ -6,11 +6,16 @@ operands of a product are widened first, and tile sizes are fixed everywhere."""
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from ..errors import UserError
 from .choice import interpreting
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as e:
+    raise UserError("Triton's kernels need Triton: pip install triton") from e
 
 ROWS, COLUMNS, RANKS = 64, 128, 32  # of a tile: positions, outputs, ranks at a time
 STRIP = 128  # positions that one program of the backward pass sums over
