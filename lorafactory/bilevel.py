@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn as nn
 from torch import Tensor
 
 from . import probe
@@ -47,7 +46,7 @@ class Bilevel:
         inner = torch.optim.AdamW(theta, lr=self.lr, weight_decay=0.0)
         outer = torch.optim.Adam(self.logits, lr=self.logit_lr, betas=self.betas)
         for low in self.pairs:
-            low.gate = nn.Parameter(torch.ones_like(low.A[:, 0]))
+            low.set_mask(torch.ones_like(low.A[:, 0]).requires_grad_(), always=True)
         self.stage.model.train()
         try:
             with torch.enable_grad():
@@ -60,7 +59,7 @@ class Bilevel:
                     self.step_logits(outer, theta, held_out[i % len(held_out)], batch)
         finally:
             for low in self.pairs:
-                low.gate = None
+                low.set_mask(None)
             for p in theta:
                 p.grad = None
             adapter.load_state_dict(kept)
@@ -78,7 +77,7 @@ class Bilevel:
     def write(self) -> None:
         with torch.no_grad():
             for low, g in zip(self.pairs, self.gates(), strict=True):
-                low.gate.copy_(g)  # type: ignore[union-attr]
+                low.mask.copy_(g)  # type: ignore[union-attr]
 
     def gradients(self, batch, of: list[Tensor]) -> list[Tensor]:
         adapter = self.stage.model.adapter
@@ -88,7 +87,7 @@ class Bilevel:
         return [torch.zeros_like(p) if g is None else g for p, g in zip(of, found, strict=True)]
 
     def step_logits(self, outer: torch.optim.Optimizer, theta: list[Tensor], batch, training) -> None:
-        gates: list[Tensor] = [low.gate for low in self.pairs]  # type: ignore[misc]
+        gates: list[Tensor] = [low.mask for low in self.pairs]  # type: ignore[misc]
         wanted = [*gates, *theta] if self.second_order else gates
         found = self.gradients(batch, wanted)
         direct = found[: len(gates)]

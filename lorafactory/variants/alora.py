@@ -2,7 +2,6 @@ import contextlib
 from dataclasses import dataclass
 
 import torch
-import torch.nn as nn
 
 from .. import probe
 from ..adapter import Part
@@ -47,6 +46,10 @@ class ALoRA(Part):
                 raise UserError(f"warmup={self.warmup} and until={self.until} are shares of the steps, the first the smaller")
             if not 0 < self.pruned < 1:
                 raise UserError(f"pruned is {self.pruned}; it must lie in (0, 1)")
+
+    def begin(self, stage):
+        if not self.adapter.started:  # there must be batches: scores are taken on them while it trains
+            next(probe.lazily(stage, 1))
 
     def pairs(self):
         return [low for _, low in self.adapter.low_ranks()]
@@ -129,11 +132,11 @@ class ALoRA(Part):
 
 @contextlib.contextmanager
 def gated(pairs):
-    """Every rank behind a gate of 1, while it lasts."""
+    """Every rank behind a mask of 1, while it lasts."""
     for low in pairs:
-        low.gate = nn.Parameter(torch.ones_like(low.A[:, 0]), requires_grad=False)
+        low.set_mask(torch.ones_like(low.A[:, 0]), always=True)
     try:
-        yield [low.gate for low in pairs]
+        yield [low.mask for low in pairs]
     finally:
         for low in pairs:
-            low.gate = None
+            low.set_mask(None)

@@ -129,7 +129,7 @@ class DiffoRA(Part):
     def counters(self):
         pairs = [low for _, low in self.adapter.low_ranks() if low.rank]
         return {"modules": len(self.selected), "modules_selected": int(self.selected.sum()),
-                "pairs": len({low.A for low in pairs})}  # fmt: skip
+                "pairs": len({low.A for low in pairs}), "rank_total": sum(low.rank for low in pairs)}  # fmt: skip
 
 
 def discrete(gamma: torch.Tensor, rows: list[list[int]], share: float) -> torch.Tensor:

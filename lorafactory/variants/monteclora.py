@@ -9,7 +9,8 @@ from ..errors import UserError
 from ..registry import PosteriorConfig, register
 
 LEAST_VARIANCE, LEAST = 1e-3, 1e-6
-DRAWN = {"fixed": None, "sigma": None, "pi": None}  # of the last draw: what all read until it is forgotten, Sigma and pi
+# of the last draw: what all read in this training pass, what all read whatever the mode, Sigma and pi
+DRAWN = {"fixed": None, "held": None, "sigma": None, "pi": None}
 
 
 class Cloud(Elastic):
@@ -32,9 +33,11 @@ class Cloud(Elastic):
 
     def forward(self):
         """What is added to A; None: its mean is taken."""
-        if self.fixed is not None:
-            return self.fixed
-        return self.draw() if self.training and torch.is_grad_enabled() else None
+        if self.held is not None:
+            return self.held
+        if not (self.training and torch.is_grad_enabled()):
+            return None
+        return self.draw() if self.fixed is None else self.fixed
 
     def draw(self):
         with exact():
@@ -164,7 +167,7 @@ class MonteCLoRA(Posterior):
         try:
             with torch.no_grad():
                 for cloud in self.clouds:
-                    cloud.__dict__["fixed"] = cloud.draw()
+                    cloud.__dict__["held"] = cloud.draw()
             yield
         finally:
             self.forget()

@@ -121,6 +121,7 @@ def test_B65_zero_and_tiny_rows_stay_finite(name, dtype):
     adapted = attached(name, base, data)
     train(adapted, data, adapted.optimizer(adamw, 4), steps=4)
     perturb(adapted.adapter, 0.1)
+    adapted.eval()
     x = torch.randn(3, 5, 24).to(dtype)
     y = adapted(x).detach()
     assert torch.isfinite(y).all() and all(torch.isfinite(p).all() for p in adapted.adapter.parameters())
@@ -159,7 +160,7 @@ def test_evaluation_of_torchs_own_encoder_runs_the_adapter(name):
     with torch.no_grad():
         y0 = call(base)
     options = {k: v for k, v in small(name).items() if k != "target_modules"} | targets_of(name)
-    adapted = attach(base, name, batches=[{}], loss=lambda m, b: call(m.model).square().mean(), seed=1, **options)
+    adapted = attach(base, name, batches=[{}, {}], loss=lambda m, b: call(m.model).square().mean(), seed=1, **options)
     perturb(adapted.adapter, 0.5)
     ys = []
     for mode in (True, False):

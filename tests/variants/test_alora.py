@@ -43,7 +43,7 @@ def test_scores_by_hand():
         low.B.copy_(torch.tensor([[3.0, 2, -1], [0, 0, 0], [0, 0, 0]]))
         (found,) = part(adapted).scores(adapted._stage)
     assert found.tolist() == pytest.approx([(5 - 1) ** 2 - (5 - 3) ** 2, (5 - 2) ** 2 - (5 - 2) ** 2, 0 - (5 + 1) ** 2])
-    assert low.gate is None
+    assert low.gate is None and low.mask is None
 
 
 def test_a_score_is_that_of_a_model_without_and_with_only_that_rank():

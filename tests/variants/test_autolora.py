@@ -147,7 +147,7 @@ def test_the_hypergradient_is_autograds(second_order):
     a = torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64, requires_grad=True)
     lr = 0.5
     s, _ = search(adapted, second_order=second_order, logits=[a], lr=lr)
-    low.gate = nn.Parameter(a.detach().softmax(0))
+    low.set_mask(a.detach().softmax(0).requires_grad_(), always=True)
     theta = [low.A, low.B]
     outer = torch.optim.SGD([a], lr=0.0)
     with torch.enable_grad():

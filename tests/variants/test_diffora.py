@@ -66,7 +66,7 @@ def test_layers_are_blocks_and_each_has_its_share():
     found = pairs(adapted)
     for i in range(3):
         assert sum(found[f"blocks.{i}.{n}"].rank == 4 for n in ("q", "v", "up")) == 2
-    assert adapted.adapter.counters() == {"modules": 9, "modules_selected": 6, "pairs": 6}
+    assert adapted.adapter.counters() == {"modules": 9, "modules_selected": 6, "pairs": 6, "rank_total": 24}
     assert part(adapted).gamma.std() > 0
     _, _, across = built(model=Blocks(), scope="model", selected=0.34)
     assert sum(low.rank > 0 for low in pairs(across).values()) == 3
