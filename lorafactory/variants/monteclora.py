@@ -17,7 +17,7 @@ class Cloud(Elastic):
     """What one pair's A is drawn from: A + N(0, size^2 (sum_k pi_k^2) Sigma), Sigma [rank] diagonal
 
     tau [rank]       trained: Sigma = exp(tau)^2 times a draw of chi2(rank), the diagonal of a Wishart matrix, row by row
-    kappa [experts]  trained: pi, about Dirichlet(exp kappa), by its logistic-normal form"""
+    kappa [experts]  trained: pi, about Dirichlet(exp kappa), by its logistic-normal form; a pair without ranks has none"""
 
     def __init__(self, low: LowRank, config):
         super().__init__()
@@ -29,7 +29,7 @@ class Cloud(Elastic):
         return {**self.__dict__, **DRAWN}  # what a pass drew belongs to its graph, which no copy has
 
     def shapes(self):
-        return {"tau": ("r",), "kappa": (self.config.experts,)}
+        return {"tau": ("r",), "kappa": ("e",)}
 
     def forward(self):
         """What is added to A; None: its mean is taken."""
@@ -42,6 +42,8 @@ class Cloud(Elastic):
     def draw(self):
         with exact():
             c, rank = self.config, len(self.tau)
+            if not rank:
+                return None
             chi2 = self.tau.new_empty(rank, rank).normal_().square().sum(1)
             sigma = ((2 * self.tau).exp() * chi2).clamp_min(LEAST_VARIANCE)
             alpha = self.kappa.exp().clamp_min(LEAST)
@@ -65,11 +67,19 @@ class Cloud(Elastic):
     def keep(self, index):
         self.forget()
         self.tau = nn.Parameter(self.tau.detach().index_select(0, index))
+        self.settle()
 
     @torch.no_grad()
     def resize(self, rank):
         self.forget()
         self.tau = nn.Parameter(torch.rand(rank).to(self.tau))
+        self.settle()
+
+    def settle(self):
+        """kappa has its components where there is a rank, and only there."""
+        wanted = self.config.experts if len(self.tau) else 0
+        if len(self.kappa) != wanted:
+            self.kappa = nn.Parameter(torch.rand(wanted).to(self.tau))
 
 
 def logistic_mean(alpha):
@@ -149,8 +159,10 @@ class MonteCLoRA(Posterior):
 
     def complaints(self, state):
         names = {m: n for n, m in self.adapter.named_modules()}
-        ranks = {f"{names[c]}.tau": len(state[f"{names[c.low]}.A"]) for c in self.clouds}
-        return [f"{n} is {list(state[n].shape)}, not [{r}]" for n, r in ranks.items() if len(state[n]) != r]
+        ranks = {names[c]: len(state[f"{names[c.low]}.A"]) for c in self.clouds}
+        wanted = {f"{n}.tau": r for n, r in ranks.items()}
+        wanted |= {f"{n}.kappa": self.config.experts if r else 0 for n, r in ranks.items()}
+        return [f"{n} is {list(state[n].shape)}, not [{r}]" for n, r in wanted.items() if len(state[n]) != r]
 
     @property
     def samples(self):

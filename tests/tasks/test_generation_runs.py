@@ -8,7 +8,7 @@ from hydra.core.global_hydra import GlobalHydra
 from samples import refused
 
 from lorafactory import config as configs
-from lorafactory import models, paths, record, run, tables
+from lorafactory import course, models, paths, record, run, tables
 
 SMALL = ["model=tiny_causal", "train.batch_size=4", "task.max_new_tokens=8", "task.max_length=96", "train.steps=3"]
 
@@ -58,7 +58,8 @@ def test_raw_predictions_give_the_metrics_again(tmp_path, source):
 
 def test_the_untrained_base_stands_beside(tmp_path, source, monkeypatch):
     calls, real = [], run.score
-    monkeypatch.setattr(run, "score", lambda *a: calls.append(a[2]) or real(*a))
+    for module in (run, course):
+        monkeypatch.setattr(module, "score", lambda *a: calls.append(a[2]) or real(*a))
     first = made(tmp_path, source, "task.baseline=untrained", "train.lr=1e-2")
     second = made(tmp_path, source, "task.baseline=untrained", "train.lr=3e-2")
     assert calls == ["test", "selection", "test", "selection", "test"]  # a sweep measures its base once
