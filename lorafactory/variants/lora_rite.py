@@ -108,7 +108,7 @@ class LoRARITE(Part):
 
     paper = "LoRA-RITE, arXiv 2410.20625"
     axis, needs = "dynamics", frozenset({"low_rank"})
-    minds = frozenset({"penalty on the factors"})  # it reads the gradient of W out of those of A and B
+    minds = frozenset({"penalty on the factors", "A is frozen"})  # it reads the gradient of W out of those of A and B
 
     @dataclass
     class Config(DynamicsConfig):

@@ -35,6 +35,7 @@ class Riemannian(Part):
 
     paper = "Riemannian Preconditioned LoRA, arXiv 2402.02347"
     axis, needs = "dynamics", frozenset({"low_rank"})
+    minds = frozenset({"A is frozen"})  # each factor's gradient is scaled by the other's
 
     @dataclass
     class Config(DynamicsConfig):
