@@ -7,6 +7,7 @@ from support import Net, Regression, attached, loss, perturb, train
 from lorafactory import registry
 
 TARGETS = ["fc1", "fc2", "fc3"]
+SMALL = {"ratio": 4.0}  # the contract's steps are large as they are
 
 
 def setting(variant="lora_plus", **options):
