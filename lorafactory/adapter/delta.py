@@ -172,6 +172,11 @@ class Wrapper(Delta):
     def shift(self, base: Base) -> Tensor | None:
         return self.inner.shift(base)
 
+    def thin_factors(self, base: Base) -> tuple[Tensor, Tensor] | None:
+        """The inner delta's factors, where they are thinner than V."""
+        factors = self.inner.factors()
+        return None if factors is None or len(factors[1]) > min(base.shape) else factors
+
     def rescaled(self, x: Tensor, base: Base, y: Tensor, g: Tensor) -> Tensor:
         """g * (V x) + bias from y = base(x), rounded to y's dtype once; g [d_out]."""
         b = self.bias(base)

@@ -25,7 +25,7 @@ class BoRADelta(Wrapper):
 
     def norm(self, base, axis, weights=None):
         """The norms of V's rows (axis 1) or columns (axis 0), the squares weighted."""
-        factors = self.inner.factors()
+        factors = self.thin_factors(base)
         if factors is None:
             square = squares(self.inner.weight(base).to(self.rows.dtype), axis, weights)
         else:

@@ -26,7 +26,7 @@ class DoRADelta(Wrapper):
     def squares(self, base: Base) -> torch.Tensor:
         """|V_i|^2 [d_out]."""
         with exact():
-            factors = self.inner.factors()
+            factors = self.thin_factors(base)
             if factors is None:
                 return squares(self.inner.weight(base).to(self.magnitude.dtype))
             b, a = factors
