@@ -22,7 +22,7 @@ for folder in sorted(p for p in Path(sys.argv[1]).iterdir() if p.is_dir()):
         same = torch.equal(adapted(x), saved["y"])
         adapted.begin()
         same &= torch.equal(adapted(x), saved["y"])
-        trains = all(p.requires_grad for p in adapted.adapter.parameters())
+        trains = sorted(n for n, p in adapted.adapter.named_parameters() if p.requires_grad) == about["trained"]
         named = adapted.variant == about["variant"]
         if not (same and trains and named):
             bad[folder.name] = f"same output {same}, trains {trains}, variant {adapted.variant}"

@@ -30,7 +30,8 @@ def write(spelling: str, folder: Path, transposed: bool) -> None:
     perturb(adapted.adapter, 0.1)
     adapted.eval().save(folder / "adapter")
     save_file({"x": x, "y": adapted(x).detach().contiguous()}, folder / "expected.safetensors")
-    (folder / "about.json").write_text(json.dumps({"variant": spelling, "transposed": transposed}))
+    trained = sorted(n for n, p in adapted.adapter.named_parameters() if p.requires_grad)
+    (folder / "about.json").write_text(json.dumps({"variant": spelling, "transposed": transposed, "trained": trained}))
     save_file(adapted.detach().state_dict(), folder / "base.safetensors")
 
 
