@@ -25,7 +25,7 @@ def test_B35_labels_on_the_last_tokens_reach_every_layer(name, checkpointing):
     labels = torch.where(torch.arange(8) >= 5, ids, -100)
     batch = {"input_ids": ids, "labels": labels}
     options = {k: v for k, v in small(name).items() if k != "target_modules" or name.startswith("ia3")}
-    adapted = attach(model, name, batches=[batch], seed=1, **options).train()
+    adapted = attach(model, name, batches=[batch, batch], seed=1, **options).train()
     if checkpointing:
         adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     optimizer = adapted.optimizer(adamw, 8)
