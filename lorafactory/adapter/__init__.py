@@ -2,7 +2,7 @@
 
 from .adapter import Adapter
 from .continual import Continual, Memory, used
-from .delta import Additive, Copy, Delta, Wrapper, exact, kronecker, linear, numbers
+from .delta import Additive, Copy, Delta, exact, kronecker, linear
 from .elastic import Elastic
 from .low_rank import LowRank
 from .part import Decomposition, Init, Part, Posterior, Stage, Step, Structure
@@ -12,6 +12,7 @@ from .site import Base, Site
 from .sparse import Sparse
 from .staged import Staged
 from .turned import Turned
+from .wrapper import Wrapper, length
 
 __all__ = [
     "Adapter",
@@ -39,7 +40,7 @@ __all__ = [
     "Wrapper",
     "exact",
     "kronecker",
+    "length",
     "linear",
-    "numbers",
     "used",
 ]

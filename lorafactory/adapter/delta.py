@@ -1,4 +1,4 @@
-"""Delta: what one site computes. Wrapper: a delta that re-scales another. Copy: a module trained whole."""
+"""Delta: what one site computes. Additive: W0 + B A. Copy: a module trained whole."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from ..kernels import Once, compose
+from ..kernels import compose
 from .site import Base
 
 
@@ -121,21 +121,6 @@ class Delta(nn.Module):
         return max(bias, lost(w, base.weight))
 
 
-def numbers(*modules: nn.Module) -> list[Tensor]:
-    """What the modules' functions depend on: their tensors and those of the modules that they refer to."""
-    found: list[Tensor] = []
-    seen: set[nn.Module] = set()
-    left = [*modules]
-    while left:
-        module = left.pop()
-        if module not in seen:
-            seen.add(module)
-            own = (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values())
-            found += (t for t in own if isinstance(t, Tensor))
-            left += (m for m in (*module._modules.values(), *module.__dict__.values()) if isinstance(m, nn.Module))
-    return found
-
-
 def lost(new: Tensor, old: Tensor) -> float:
     """What the cast of new to old's dtype loses, as a share of |new - old|."""
     change = (new.double() - old.double()).norm()
@@ -159,41 +144,6 @@ class Additive(Delta):
     def forward(self, x: Tensor, base: Base) -> Tensor:
         thin = self.thin(x)
         return super().forward(x, base) if thin is None else compose(base(x), *thin)
-
-
-class Wrapper(Delta):
-    """A delta that re-scales V, the effective weight of the delta inside it."""
-
-    def __init__(self, inner: Delta):
-        super().__init__()
-        self.inner = inner
-        self.once = Once()
-
-    def shift(self, base: Base) -> Tensor | None:
-        return self.inner.shift(base)
-
-    def thin_factors(self, base: Base) -> tuple[Tensor, Tensor] | None:
-        """The inner delta's factors, where they are thinner than V."""
-        factors = self.inner.factors()
-        return None if factors is None or len(factors[1]) > min(base.shape) else factors
-
-    def rescaled(self, x: Tensor, base: Base, y: Tensor, g: Tensor) -> Tensor:
-        """g * (V x) + bias from y = base(x), rounded to y's dtype once; g [d_out]."""
-        b = self.bias(base)
-        if self.shift(base) is None and (thin := self.inner.thin(x)) is not None:
-            return compose(y, *thin, gain=g, bias=b)
-        v = y.to(g.dtype) + self.inner.update(x, base, y)
-        return (g * v if b is None else torch.addcmul(b - g * b, g, v)).to(y.dtype)
-
-    def split(self, x: Tensor, base: Base, y: Tensor) -> tuple[Tensor, Tensor]:
-        """(W0 x, (V - W0) x), biases left out, from y = base(x)."""
-        u, s = self.inner.update(x, base, y), self.shift(base)
-        return y if base.bias is None else y - base.bias, u if s is None else u - s.to(u.dtype)
-
-    def joined(self, u: Tensor, base: Base) -> Tensor:
-        """The update whose weight part is u."""
-        s = self.shift(base)
-        return u if s is None else u + s.to(u.dtype)
 
 
 class Copy(Delta):

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..registry import WRAPPING
-from .delta import Copy, Delta, Wrapper
+from .delta import Copy, Delta
 from .low_rank import Moved
 from .peft import Peft
 from .site import Site, is_linear
+from .wrapper import Wrapper
 
 if TYPE_CHECKING:
     from ..optim import Lifecycle

@@ -4,8 +4,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..adapter import Decomposition, Delta, Wrapper, exact, numbers
-from ..kernels import sqnorm, squares
+from ..adapter import Decomposition, Delta, Wrapper, length
+from ..kernels import squares
 from ..registry import DecompositionConfig, register
 
 
@@ -16,38 +16,28 @@ class BoRADelta(Wrapper):
 
     def __init__(self, inner: Delta, site):
         super().__init__(inner)
-        self.constant, self.columns_first = True, False
+        self.columns_first = False
         w = site.base.weight.detach()
         for axis, name in enumerate(("columns", "rows")):
             square = squares(w, axis)
             self.register_buffer(f"some_{name}", square > 0, persistent=False)
-            self.register_parameter(name, nn.Parameter(torch.where(square > 0, square, 1.0).sqrt()))
+            self.register_parameter(name, nn.Parameter(length(square)))
 
     def norm(self, base, axis, weights=None):
         """The norms of V's rows (axis 1) or columns (axis 0), the squares weighted."""
-        factors = self.thin_factors(base)
-        if factors is None:
-            square = squares(self.inner.weight(base).to(self.rows.dtype), axis, weights)
-        else:
-            square = sqnorm(base.weight, factors[1], factors[0], 1.0, axis, weights)
-        return torch.where((self.some_rows if axis else self.some_columns) & (square > 0), square, 1.0).sqrt()
+        return length(self.sqnorm(base, axis, weights), self.some_rows if axis else self.some_columns)
 
     def norms(self, base):
         """rho [d_out], kappa [d_in]."""
-        with exact():
-            if self.columns_first:
-                kappa = self.norm(base, 0)
-                return self.norm(base, 1, (self.columns / kappa).square()), kappa
-            rho = self.norm(base, 1)
-            return rho, self.norm(base, 0, (self.rows / rho).square())
+        if self.columns_first:
+            kappa = self.norm(base, 0)
+            return self.norm(base, 1, (self.columns / kappa).square()), kappa
+        rho = self.norm(base, 1)
+        return rho, self.norm(base, 0, (self.rows / rho).square())
 
     def gains(self, base):
         """r, c."""
-        if not self.constant:
-            rho, kappa = self.norms(base)
-        else:
-            with torch.no_grad():
-                rho, kappa = self.once(lambda: self.norms(base), lambda: numbers(self, base.module), self.training)
+        rho, kappa = self.steady(lambda: self.norms(base), base.module)
         return self.rows / rho, self.columns / kappa
 
     def weight(self, base):

@@ -3,9 +3,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-from ..adapter import Base, Decomposition, Delta, Site, Wrapper, exact, numbers
+from ..adapter import Base, Decomposition, Delta, Site, Wrapper, length
 from ..errors import UserError
-from ..kernels import sqnorm, squares
+from ..kernels import squares
 from ..registry import DecompositionConfig, register
 
 
@@ -17,32 +17,21 @@ class DoRADelta(Wrapper):
 
     def __init__(self, inner: Delta, site: Site):
         super().__init__(inner)
-        self.constant = True  # c, in the backward pass
         square = squares(site.base.weight.detach())  # once: the base is read-only
         self.square: torch.Tensor
         self.register_buffer("square", square, persistent=False)
-        self.magnitude = nn.Parameter(torch.where(square > 0, square, 1.0).sqrt())
+        self.magnitude = nn.Parameter(length(square))
 
     def squares(self, base: Base) -> torch.Tensor:
         """|V_i|^2 [d_out]."""
-        with exact():
-            factors = self.thin_factors(base)
-            if factors is None:
-                return squares(self.inner.weight(base).to(self.magnitude.dtype))
-            b, a = factors
-            return sqnorm(base.weight, a, b, base=self.square)
+        return self.sqnorm(base, own=self.square)
 
     def norm(self, base: Base) -> torch.Tensor:
         """c."""
-        square = self.squares(base)
-        return torch.where((self.square > 0) & (square > 0), square, 1.0).sqrt()
+        return length(self.squares(base), self.square > 0)
 
     def gain(self, base: Base) -> torch.Tensor:
-        if not self.constant:
-            return self.magnitude / self.norm(base)
-        with torch.no_grad():
-            c = self.once(lambda: self.norm(base), lambda: numbers(self, base.module), self.training)
-        return self.magnitude / c
+        return self.magnitude / self.steady(lambda: self.norm(base), base.module)
 
     def weight(self, base):
         return self.gain(base)[:, None] * self.inner.weight(base)

@@ -3,13 +3,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-from ..adapter import Decomposition, Delta, Wrapper, exact
+from ..adapter import Decomposition, Delta, Wrapper, exact, length
 from ..registry import DecompositionConfig, register
-
-
-def positive(square):
-    """The length of a square; what has none counts as 1."""
-    return torch.where(square > 0, square, 1.0).sqrt()
 
 
 class MAPDelta(Wrapper):
@@ -18,28 +13,27 @@ class MAPDelta(Wrapper):
 
     def __init__(self, inner: Delta, site):
         super().__init__(inner)
-        self.constant = False  # |D|, in the backward pass
         self.__dict__["scaled"] = next((m for m in inner.modules() if hasattr(m, "scale")), None)
         inner.randomize()  # b = 0 holds the update at zero
         dtype = torch.promote_types(site.base.weight.dtype, torch.float32)
         square = site.base.weight.detach().to(dtype).square().sum()[None]  # once: the base is read-only
         self.length: torch.Tensor
-        self.register_buffer("length", positive(square), persistent=False)
+        self.register_buffer("length", length(square), persistent=False)
         self.a = nn.Parameter(self.length.clone())
         self.b = nn.Parameter(torch.zeros_like(self.a))
 
     def norm(self):
         """|D| = |B A|, [1]: the root of tr((B^T B)(A A^T)), or that of B A itself where there are more ranks than it has."""
-        with exact(), torch.set_grad_enabled(torch.is_grad_enabled() and not self.constant):
+        with exact():
             b, a = self.inner.factors()
             if len(a) > min(b.shape[0], a.shape[1]):
-                return positive((b @ a).square().sum()[None])
-            return positive(((b.T @ b) * (a @ a.T)).sum()[None])
+                return length((b @ a).square().sum()[None])
+            return length(((b.T @ b) * (a @ a.T)).sum()[None])
 
     def gains(self):
         """What W0 and D are multiplied by."""
         b = self.b if self.scaled is None else self.b * self.scaled.scale
-        return self.a / self.length, b / self.norm()
+        return self.a / self.length, b / self.steady(self.norm)
 
     def weight(self, base):
         of_base, of_update = self.gains()
