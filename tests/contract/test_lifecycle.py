@@ -74,7 +74,7 @@ def test_the_rate_is_multiplied_and_put_back(recorder):
         optimizer.step()
         factor = 0.1 / (1 + i) * (0.5 if i % 2 else 1.0)
         for n, p in adapted.adapter.named_parameters():
-            scale = registry.get("lora_plus").Config().ratio if n.endswith(".B") else 1.0
+            scale = adapted.adapter.config.dynamics.ratio if n.endswith(".B") else 1.0
             assert torch.allclose(p, before[n] - factor * scale * grads[n], atol=1e-7), n
         scheduler.step()
     assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.1 / 3 * s for s in scales])
@@ -160,7 +160,7 @@ def test_groups_follow_the_parts_and_vectors_are_not_decayed():
         lambda groups: torch.optim.AdamW(groups, lr=1.0, weight_decay=0.1), 2, head={"lr_scale": 3.0}
     )
     found = {p: (g["lr_scale"], g["weight_decay"], g["lr"]) for g in optimizer.param_groups for p in g["params"]}
-    ratio = registry.get("lora_plus").Config().ratio
+    ratio = adapted.adapter.config.dynamics.ratio
     for n, p in adapted.adapter.named_parameters():
         want = {"A": (1.0, 0.1, 1.0), "B": (ratio, 0.1, ratio), "magnitude": (1.0, 0.0, 1.0)}[n.rpartition(".")[2]]
         assert found[p] == want, n
