@@ -92,15 +92,14 @@ class Lifecycle:
         self.adapter.after_step(self.step())
         self.index += 1
         self.loss = None
-        if self.index < self.total:
-            kernels.watch(self.adapter.parameters())
-        else:
+        if self.index == self.total:
             kernels.leave(self.adapter.parameters())
 
     def rebuild(self, moved: Moved | None = None) -> None:
         """Train the parameters that the adapter has now, in place: whoever wraps the optimiser keeps the same object.
         State of parameters that live on is kept, that of replaced ones is forgotten, or moved: what has the old one's
         shape becomes of the new one's, and a count of steps stays."""
+        kernels.watch(self.adapter.parameters())
         opt = self.optimizer
         for new, (old, change) in (moved or {}).items():
             state = opt.state.get(old, {})

@@ -19,7 +19,7 @@ from .low_rank import LowRank
 from .part import Part, Posterior, Stage, Step, Structure
 from .site import Site
 
-WRITING = ("attach", "begin", "end", "before_step", "after_step")  # hooks that may change numbers
+WRITING = ("begin", "end", "before_step", "after_step")  # hooks that may change numbers
 
 
 class Adapter(nn.Module):

@@ -126,19 +126,23 @@ class LowRank(Elastic):
 
     def forward(self, x: Tensor, through: Callable[[Tensor, Tensor, Tensor], Tensor] = linear) -> Tensor:
         """x [..., d_in] -> [..., d_out], through the factors, in their dtype: through(x, A, B), linear in B A."""
-        b, a = self.factors()
-        if self.A_past is None or not (self.dropout and self.training):
-            return through(self.drop(x), a, b)
-        r = a.shape[0] - self.A_past.shape[0]  # the past is frozen, so like the base it sees all of x
-        return through(self.drop(x), a[:r], b[:, :r]) + through(x, a[r:], b[:, r:])
+        first, *past = self.read(x)
+        return through(*first) + through(*past[0]) if past else through(*first)
 
     def thin(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(h [..., R], B [d_out, R]) with h B^T = forward(x)."""
+        first, *past = self.read(x)
+        if not past:
+            return linear(*first[:2]), first[2]
+        return torch.cat([linear(x, a) for x, a, _ in (first, *past)], -1), torch.cat([b for _, _, b in (first, *past)], 1)
+
+    def read(self, x: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """(x, A, B) of what trains and, where dropout tells it apart, of the past: frozen, it sees all of x as the base does."""
         b, a = self.factors()
         if self.A_past is None or not (self.dropout and self.training):
-            return linear(self.drop(x), a), b
+            return [(self.drop(x), a, b)]
         r = a.shape[0] - self.A_past.shape[0]
-        return torch.cat([linear(self.drop(x), a[:r]), linear(x, a[r:])], -1), b
+        return [(self.drop(x), a[:r], b[:, :r]), (x, a[r:], b[:, r:])]
 
     @torch.no_grad()
     def fresh(self) -> None:

@@ -25,21 +25,23 @@ def compose(y: Tensor, h: Tensor, b: Tensor, gain: Tensor | None = None, bias: T
 
     Kept for the backward pass: h, and where g trains what it multiplies, in y's dtype. With `whole` the result would do
     (dg = sum_i dz_i (z_i - bias) / g), but a next layer that works in place, as nn.ReLU(inplace=True), overwrites it."""
-    if gain is None:
-        pick("compose", y, h, b, twin=False)
-        return eager.add(y, h, b)
-    kind = pick("compose", y, h, b, gain, twin=True, worth=y.numel() >= WORTH)
+    tensors = (y, h, b) if gain is None else (y, h, b, gain)
+    kind = pick("compose", *tensors, twin=gain is not None, worth=y.numel() >= WORTH)
     if kind == "reference":
         return _definition(y, h, b, gain, bias, whole)
+    if gain is None:
+        return eager.add(y, h, b)
     if kind == "eager" and not whole:
         return eager.add_scaled(y, h, b, gain)
     return _Compose.apply(*eager.rows(y, h), b, gain, bias, whole, kind).view(y.shape)
 
 
-def _definition(y: Tensor, h: Tensor, b: Tensor, g: Tensor, bias: Tensor | None, whole: bool) -> Tensor:
+def _definition(y: Tensor, h: Tensor, b: Tensor, g: Tensor | None, bias: Tensor | None, whole: bool) -> Tensor:
     with torch.autocast(y.device.type, enabled=False):
-        wide = torch.promote_types(y.dtype, g.dtype)
+        wide = torch.promote_types(y.dtype, b.dtype)
         y_, update = y.to(wide), h.to(wide) @ b.to(wide).T
+        if g is None:
+            return (y_ + update).to(y.dtype)
         if not whole:
             return (y_ + g * update).to(y.dtype)
         return (g * (y_ + update) if bias is None else g * (y_ + update) + (1 - g) * bias).to(y.dtype)

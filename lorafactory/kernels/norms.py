@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,8 +27,7 @@ def sqnorm(w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor = 1.0, axis: i
     with torch.autocast(w.device.type, enabled=False):
         if kind == "reference":
             return _definition(w, a, b, scale, axis, weights)
-        grown = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (a, b, scale, weights))
-        if not (w.is_cuda or grown or torch.compiler.is_compiling()):
+        if not (w.is_cuda or _grown(a, b, scale, weights) or torch.compiler.is_compiling()):
             return _by_rows(w, a, b, scale, axis, weights)
         if a.shape[0] > min(w.shape):  # more ranks than V has
             return _definition(w, a, b, scale, axis, weights)
@@ -37,22 +38,30 @@ def sqnorm(w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor = 1.0, axis: i
 
 def squares(w: Tensor, axis: int = 1, weights: Tensor | None = None) -> Tensor:
     """sqnorm of W alone, in float32 or wider: to the last bit what sqnorm gives where B is zero. Differentiable in W."""
-    if torch.is_grad_enabled() and w.requires_grad:
-        return w.square().sum(axis) if weights is None else (w.square() @ weights if axis else weights @ w.square())
+    if _grown(w, weights):
+        return _summed(w.square(), axis, weights)
     wide = w.new_empty(0, w.shape[1], dtype=torch.promote_types(w.dtype, torch.float32))
     return _by_rows(w, wide, wide.new_empty(w.shape[0], 0), 1.0, axis, weights)
 
 
 def _definition(w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor, axis: int, weights: Tensor | None) -> Tensor:
-    square = (w.to(a.dtype) + scale * (b @ a)).square()
+    return _summed((w.to(a.dtype) + scale * (b @ a)).square(), axis, weights)
+
+
+def _summed(square: Tensor, axis: int, weights: Tensor | None) -> Tensor:
     if weights is None:
         return square.sum(axis)
     return square @ weights if axis else weights @ square
 
 
+def _grown(*given: Any) -> bool:
+    """Whether a gradient is asked for."""
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in given)
+
+
 def _factored(w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor, weights: Tensor | None, base: Tensor | None) -> Tensor:
     if base is None:
-        base = squares(w, weights=weights) if weights is None or not weights.requires_grad else w.to(a.dtype).square() @ weights
+        base = squares(w.to(a.dtype), weights=weights)
     right = a if weights is None else a * weights
     return (base + scale * (b * (2 * products(w, right) + scale * (b @ (right @ a.T)))).sum(1)).clamp_min(0)
 
