@@ -41,15 +41,13 @@ class Bilevel:
         adapter = self.stage.model.adapter
         training, held_out = self.split()
         kept = {n: t.detach().clone() for n, t in adapter.state_dict().items()}
-        modes = {m: m.training for m in self.stage.model.modules()}
         theta = [p for p in adapter.parameters() if p.requires_grad]
         inner = torch.optim.AdamW(theta, lr=self.lr, weight_decay=0.0)
         outer = torch.optim.Adam(self.logits, lr=self.logit_lr, betas=self.betas)
         for low in self.pairs:
             low.set_mask(torch.ones_like(low.A[:, 0]).requires_grad_(), always=True)
-        self.stage.model.train()
         try:
-            with torch.enable_grad():
+            with probe.mode(self.stage.model, True), torch.enable_grad():
                 for i in range(self.steps):
                     batch = training[i % len(training)]
                     self.write()
@@ -63,8 +61,6 @@ class Bilevel:
             for p in theta:
                 p.grad = None
             adapter.load_state_dict(kept)
-            for m, mode in modes.items():
-                m.training = mode
 
     def split(self) -> tuple[list, list]:
         """Batches to train on and batches held out: each row of the first epoch is in one of them."""

@@ -1,5 +1,5 @@
 """Detour: an optimiser that lets some parameters take their step in another space, whichever optimiser steps there.
-OnPairs: those of the low-rank pairs. Preconditioned: only their gradients change."""
+OnWeights: whole weights. OnPairs: those of the low-rank pairs. Preconditioned: only their gradients change."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .adapter import LowRank, Part
 from .adapter.delta import exact
+from .errors import UserError
 
 
 class Detour(torch.optim.Optimizer):
@@ -69,6 +70,25 @@ class Detour(torch.optim.Optimizer):
         self.inner.state = self.state
         self.inner.param_groups = [{**g, "params": [p for p in g["params"] if p in chosen]} for g in self.param_groups]
         self.inner.step()
+
+
+class OnWeights(Detour):
+    """Moves the whole weights that a part's structure trains; all else steps as `inner` does."""
+
+    def __init__(self, inner: torch.optim.Optimizer, part: Part):
+        super().__init__(inner)
+        self.part = part
+
+    def own(self) -> set[nn.Parameter]:
+        return {p for _, p in self.part.adapter.dense() if p.grad is not None}
+
+
+def fit_weights(part: Part, rank: int) -> None:
+    """Raises UserError where a whole weight has less than this rank."""
+    for site, p in part.adapter.dense():
+        if rank > min(p.shape):
+            raise UserError(f"rank {rank} is more than {site.name} {list(p.shape)} can have: "
+                            f"at most {min(p.shape)}, or leave it out of target_modules")  # fmt: skip
 
 
 class OnPairs(Detour):

@@ -19,16 +19,22 @@ from .errors import UserError
 
 
 @contextmanager
+def mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """The whole model in one mode; each module's own comes back."""
+    modes = {m: m.training for m in model.modules()}
+    model.train(training)
+    try:
+        yield
+    finally:
+        for m, before in modes.items():
+            m.training = before
+
+
+@contextmanager
 def evaluating(stage: Stage) -> Iterator[None]:
     """The model in evaluation mode; modes and the generator are put back."""
-    modes = {m: m.training for m in stage.model.modules()}
-    stage.model.eval()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        for m, mode in modes.items():
-            m.training = mode
+    with mode(stage.model, False), torch.random.fork_rng():
+        yield
 
 
 @contextmanager

@@ -62,6 +62,12 @@ class Named:
             if value < least:
                 raise UserError(f"{what} is {value}; it must be at least {least}")
 
+    def check_positive(self, *names: str) -> None:
+        """Refuse options that are 0 or less."""
+        for what, value in self.given(*names):
+            if value <= 0:
+                raise UserError(f"{what} is {value}; it must be positive")
+
     def check_shares(self, *names: str) -> None:
         """Refuse options that are no share, from 0 to below 1."""
         for name in names:

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..registry import nearest
-from .pictures import Picture
+from .pictures import Picture, image_of, values
 
 Values = np.ndarray  # [height, width, 3] in [0, 1]
 
@@ -45,25 +45,23 @@ def _fog(x: Values, s: float, rng: np.random.Generator) -> Values:
 
 
 def _blur(x: Values, s: float, rng: np.random.Generator) -> Values:
-    from PIL import Image, ImageFilter
+    from PIL import ImageFilter
 
-    image = Image.fromarray((x * 255).round().astype(np.uint8))
-    return np.asarray(image.filter(ImageFilter.GaussianBlur(0.02 * s * min(x.shape[:2])))) / 255
+    return values(image_of(x).filter(ImageFilter.GaussianBlur(0.02 * s * min(x.shape[:2]))))
 
 
 def _pixelate(x: Values, s: float, rng: np.random.Generator) -> Values:
     from PIL import Image
 
-    image, (h, w) = Image.fromarray((x * 255).round().astype(np.uint8)), x.shape[:2]
+    h, w = x.shape[:2]
     few = max(1, round(w * (1 - 0.15 * s))), max(1, round(h * (1 - 0.15 * s)))
-    return np.asarray(image.resize(few, Image.Resampling.BOX).resize((w, h), Image.Resampling.NEAREST)) / 255
+    return values(image_of(x).resize(few, Image.Resampling.BOX).resize((w, h), Image.Resampling.NEAREST))
 
 
 def _rotate(x: Values, degrees: float, rng: np.random.Generator) -> Values:
     from PIL import Image
 
-    image = Image.fromarray((x * 255).round().astype(np.uint8))
-    return np.asarray(image.rotate(degrees, Image.Resampling.BILINEAR)) / 255
+    return values(image_of(x).rotate(degrees, Image.Resampling.BILINEAR))
 
 
 KINDS: dict[str, Callable[[Values, float, np.random.Generator], Values]] = {
@@ -106,12 +104,9 @@ class Corrupted(Picture):
         return hashlib.sha256(f"{super().digest} {self.corruption}".encode()).hexdigest()[:32]
 
     def rgb(self) -> Any:
-        from PIL import Image
-
         kind, strength = parse(self.corruption)
         rng = np.random.default_rng(int(self.digest[:16], 16))
-        values = KINDS[kind](np.asarray(super().rgb()) / 255, strength, rng)
-        return Image.fromarray((values.clip(0, 1) * 255).round().astype(np.uint8))
+        return image_of(KINDS[kind](values(super().rgb()), strength, rng).clip(0, 1))
 
 
 class All(Sequence):

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .pictures import Picture
+from .pictures import Picture, image_of, values
 
 
 def noise(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -22,15 +22,15 @@ def noise(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def blur(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     from PIL import ImageFilter
 
-    return _array(_picture(x).filter(ImageFilter.GaussianBlur(rng.uniform(0.5, 3))))
+    return values(image_of(x).filter(ImageFilter.GaussianBlur(rng.uniform(0.5, 3))))
 
 
 def jpeg(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     from PIL import Image
 
     file = io.BytesIO()
-    _picture(x).save(file, "JPEG", quality=int(rng.integers(10, 60)))
-    return _array(Image.open(file))
+    image_of(x).save(file, "JPEG", quality=int(rng.integers(10, 60)))
+    return values(Image.open(file))
 
 
 def rain(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -62,20 +62,10 @@ def chosen(rng: np.random.Generator) -> list[Callable]:
 def degrade(image: Any, seed: int) -> Any:
     """A PIL image of mode RGB, degraded: the same for the same seed."""
     rng = np.random.default_rng(seed)
-    x = _array(image)
+    x = values(image)
     for by in chosen(rng):
         x = np.clip(by(x, rng), 0, 1)
-    return _picture(x)
-
-
-def _array(image: Any) -> np.ndarray:
-    return np.asarray(image, np.float64) / 255
-
-
-def _picture(x: np.ndarray) -> Any:
-    from PIL import Image
-
-    return Image.fromarray((255 * x).round().astype(np.uint8))
+    return image_of(x)
 
 
 class Degraded(Picture):

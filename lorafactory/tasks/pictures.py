@@ -21,6 +21,18 @@ LAYOUT = (
 )
 
 
+def values(image: Any) -> np.ndarray:
+    """A PIL image of mode RGB as [height, width, 3] in [0, 1]."""
+    return np.asarray(image, np.float64) / 255
+
+
+def image_of(x: np.ndarray) -> Any:
+    """The way back, each value to the nearest of 256."""
+    from PIL import Image
+
+    return Image.fromarray((x * 255).round().astype(np.uint8))
+
+
 class Picture:
     """One picture, read from its source when asked. Equal to another if their files are, byte for byte."""
 

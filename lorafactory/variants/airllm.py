@@ -110,11 +110,9 @@ class AirLLM(Part):
                     raise UserError(f"{name} is {getattr(self, name)}; it must lie in [0, 1]")
             if not self.snr or not self.bandwidth:
                 raise UserError("snr and bandwidth are lists of what is drawn: give at least one of each")
-            positive = [("latency", self.latency), ("clip", self.clip), ("policy_lr", self.policy_lr)]
-            positive += [("diffusion_lr", self.diffusion_lr), *(("bandwidth", b) for b in self.bandwidth)]
-            for what, value in positive:
-                if value <= 0:
-                    raise UserError(f"{what} is {value}; it must be positive")
+            self.check_positive("latency", "clip", "policy_lr", "diffusion_lr")
+            if (least := min(self.bandwidth)) <= 0:
+                raise UserError(f"bandwidth is {least}; it must be positive")
             if not self.sampling <= self.noise_steps:
                 raise UserError(f"sampling is {self.sampling}, of noise_steps={self.noise_steps}: give at most that")
             if not self.warmup <= self.replay:

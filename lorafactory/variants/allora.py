@@ -4,7 +4,6 @@ from functools import partial
 import torch
 
 from ..adapter import Part, exact
-from ..errors import UserError
 from ..registry import DynamicsConfig, register
 
 
@@ -39,8 +38,7 @@ class ALLoRA(Part):
         eta: float = 2.0
 
         def check(self):
-            if self.eta <= 0:
-                raise UserError(f"eta is {self.eta}; it must be positive")
+            self.check_positive("eta")
 
     def attach(self):
         for _, low in self.adapter.low_ranks():

@@ -4,7 +4,6 @@ import torch
 
 from ..adapter import Part
 from ..bilevel import Bilevel
-from ..errors import UserError
 from ..registry import BudgetConfig, register
 
 
@@ -42,9 +41,7 @@ class AutoLoRA(Part):
 
         def check(self):
             self.check_least(1, "steps")
-            for name in ("held_out", "lr", "logit_lr"):
-                if getattr(self, name) <= 0:
-                    raise UserError(f"{name} is {getattr(self, name)}; it must be positive")
+            self.check_positive("held_out", "lr", "logit_lr")
             self.check_shares("held_out")
 
     def pairs(self):

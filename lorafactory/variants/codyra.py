@@ -4,7 +4,6 @@ from dataclasses import dataclass
 import torch
 
 from ..adapter import Part
-from ..errors import UserError
 from ..gates import active, drop_idle, soft_threshold
 from ..registry import BudgetConfig, register
 
@@ -38,8 +37,7 @@ class CoDyRA(Part):
         def check(self):
             self.check_shares("dense")
             self.check_least(2, "values")
-            if self.most <= 0:
-                raise UserError(f"most is {self.most}; it must be positive")
+            self.check_positive("most")
 
     def pairs(self):
         return [low for _, low in self.adapter.low_ranks()]

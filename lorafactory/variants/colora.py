@@ -1,7 +1,7 @@
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -105,10 +105,7 @@ class CoLoRA(Part):
         def check(self):
             self.check_least(1, "batches", "points")
             self.check_least(0, "steps", "beta")
-            for name in ("share", "alpha", "lr", "scale"):
-                value: Any = getattr(self, name)
-                if value is not None and value <= 0:
-                    raise UserError(f"{name} is {value}; it must be positive")
+            self.check_positive("share", "alpha", "lr", "scale")
             if self.share >= 1:
                 raise UserError(f"share is {self.share}; it is a share of the weights, below 1")
             if self.alpha is not None and self.share != type(self).share:

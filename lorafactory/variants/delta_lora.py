@@ -31,8 +31,7 @@ class DeltaLoRA(Part):
         start: float = 0.1
 
         def check(self):
-            if self.ratio <= 0:
-                raise UserError(f"ratio is {self.ratio}; it must be positive")
+            self.check_positive("ratio")
             if self.start < 0:
                 raise UserError(f"start is {self.start}; it must be 0 or more")
 

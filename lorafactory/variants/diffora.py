@@ -53,9 +53,7 @@ class DiffoRA(Part):
         def check(self):
             self.check_choices(scope=SCOPES, relax=RELAXATIONS, unselected=UNSELECTED)
             self.check_least(1, "steps")
-            for name in ("selected", "held_out", "lr", "logit_lr"):
-                if getattr(self, name) <= 0:
-                    raise UserError(f"{name} is {getattr(self, name)}; it must be positive")
+            self.check_positive("selected", "held_out", "lr", "logit_lr")
             self.check_shares("held_out")
             if self.selected > 1:
                 raise UserError(f"selected is {self.selected}; it is a share, at most 1")

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 import torch
 
 from ..adapter import Part
-from ..detour import Detour
+from ..detour import OnWeights, fit_weights
 from ..errors import UserError
 from ..registry import DynamicsConfig, register
 
@@ -36,14 +36,7 @@ def normalised(g, state, decay):
     return g * (rows / rows.mean()).rsqrt()[:, None] * columns.rsqrt()
 
 
-class FloraOptimizer(Detour):
-    def __init__(self, inner, part):
-        super().__init__(inner)
-        self.part = part
-
-    def own(self):
-        return {p for _, p in self.part.adapter.dense() if p.grad is not None}
-
+class FloraOptimizer(OnWeights):
     def step_own(self, groups):
         for p, group in groups.items():
             state, c = self.state[p], self.part.config
@@ -67,7 +60,7 @@ class FloraOptimizer(Detour):
         state["moment"] = m * state["moment"] + (1 - m) * down(u, p)
         return (1 - m) * u + m * whole
 
-    def draw(self) -> int:
+    def draw(self):
         self.part.projections += 1
         return int(torch.randint(2**62, ()))
 
@@ -108,18 +101,13 @@ class FloraOpt(Part):
 
         def check(self):
             self.check_least(1, "rank", "every")
-            for name in ("decay", "clip"):
-                if getattr(self, name) <= 0:
-                    raise UserError(f"{name} is {getattr(self, name)}; it must be positive")
+            self.check_positive("decay", "clip")
             if not 0 < self.momentum < 1:
                 raise UserError(f"momentum is {self.momentum}; it must lie in (0, 1): without one there is nothing to compress")
 
     def attach(self):
         self.register_buffer("projections", torch.zeros((), dtype=torch.long))
-        for site, p in self.adapter.dense():
-            if self.config.rank > min(p.shape):
-                raise UserError(f"rank {self.config.rank} is more than {site.name} {list(p.shape)} can have: "
-                                f"at most {min(p.shape)}, or leave it out of target_modules")  # fmt: skip
+        fit_weights(self, self.config.rank)
 
     def optimizer(self, groups, make):
         return FloraOptimizer(make(groups), self)

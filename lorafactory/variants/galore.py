@@ -5,7 +5,7 @@ import torch
 
 from .. import eight_bits
 from ..adapter import Part
-from ..detour import Detour
+from ..detour import OnWeights, fit_weights
 from ..errors import UserError
 from ..registry import DynamicsConfig, register
 
@@ -18,15 +18,8 @@ SIDES = {  # (for d_out >= d_in, otherwise)
 }
 
 
-class GaLoreOptimizer(Detour):
+class GaLoreOptimizer(OnWeights):
     """Holds P as `left` [d_out, r] and Q as `right` [r, d_in] in the state of each weight: the key is the side."""
-
-    def __init__(self, inner, part):
-        super().__init__(inner)
-        self.part = part
-
-    def own(self):
-        return {p for _, p in self.part.adapter.dense() if p.grad is not None}
 
     def step_own(self, groups):
         # moments in 8 bits are whole numbers for one weight at a time
@@ -98,8 +91,7 @@ class GaLore(Part):
 
         def check(self):
             self.check_least(1, "rank", "every")
-            if self.scale <= 0:
-                raise UserError(f"scale is {self.scale}; it must be positive")
+            self.check_positive("scale")
             self.check_choices(proj_type=SIDES)
             if self.bits not in (None, 8):
                 raise UserError(f"bits is {self.bits}; it takes 8, or null for whole moments")
@@ -108,10 +100,7 @@ class GaLore(Part):
         if self.config.bits:
             eight_bits.require("variant.dynamics.bits=8")
         self.register_buffer("refreshes", torch.zeros((), dtype=torch.long))
-        for site, p in self.adapter.dense():
-            if self.config.rank > min(p.shape):
-                raise UserError(f"rank {self.config.rank} is more than {site.name} {list(p.shape)} can have: "
-                                f"at most {min(p.shape)}, or leave it out of target_modules")  # fmt: skip
+        fit_weights(self, self.config.rank)
 
     def optimizer(self, groups, make):
         return GaLoreOptimizer(make(groups), self)

@@ -61,8 +61,7 @@ class GeLoRA(Part):
             self.check_choices(pooling=probe.POOLINGS, estimator=("fit", "mle"))
             if self.samples < LEAST:
                 raise UserError(f"samples is {self.samples}; fewer than {LEAST} say nothing about a dimension")
-            if self.scale is not None and self.scale <= 0:
-                raise UserError(f"scale is {self.scale}; it must be positive")
+            self.check_positive("scale")
 
     def attach(self):
         self.register_buffer("dimensions", torch.zeros(len(list(self.adapter.low_ranks())), 2))

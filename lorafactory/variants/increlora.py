@@ -147,7 +147,7 @@ class IncreLoRA(Part):
     def rounds(self, total):
         """How many it takes from the start to the budget."""
         start, stop = self.phases(total)
-        missing = (self.target - sum(min(self.config.start, k) for k in self.most())) / self.count
+        missing = self.missing()
         if self.config.top:
             return math.ceil(missing / self.config.top)
         least = math.ceil(missing / len(self.pairs()))
@@ -155,8 +155,11 @@ class IncreLoRA(Part):
 
     def top(self, total):
         """How many pairs grow in a round."""
-        missing = (self.target - sum(min(self.config.start, k) for k in self.most())) / self.count
-        return self.config.top or math.ceil(missing / self.rounds(total))
+        return self.config.top or math.ceil(self.missing() / self.rounds(total))
+
+    def missing(self):
+        """Portions of `count` ranks between the start and the budget."""
+        return (self.target - sum(min(self.config.start, k) for k in self.most())) / self.count
 
     def most(self):
         return [min(site.d_in, site.d_out) for site, _ in self.adapter.low_ranks()]

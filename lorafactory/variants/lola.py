@@ -50,8 +50,7 @@ class LoLA(Part):
             if self.grow < 1:
                 raise UserError(f"grow is {self.grow}; it must be at least 1")
             self.check_shares("floor")
-            if self.lora_lr <= 0:
-                raise UserError(f"lora_lr is {self.lora_lr}; it must be positive")
+            self.check_positive("lora_lr")
             if not 0 < self.strength <= 1:
                 raise UserError(f"strength is {self.strength}; it must lie in (0, 1]")
 

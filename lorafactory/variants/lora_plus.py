@@ -1,7 +1,6 @@
 from dataclasses import dataclass
 
 from ..adapter import Part
-from ..errors import UserError
 from ..registry import DynamicsConfig, register
 
 
@@ -26,8 +25,7 @@ class LoRAPlus(Part):
         ratio: float = 16.0
 
         def check(self):
-            if self.ratio <= 0:
-                raise UserError(f"ratio is {self.ratio}; it must be positive")
+            self.check_positive("ratio")
 
     def options(self):
         return {low.B: {"lr_scale": self.config.ratio} for _, low in self.adapter.low_ranks()}

@@ -124,8 +124,7 @@ class LoRARITE(Part):
 
         def check(self):
             self.check_least(0, "skip", "clip")
-            if self.eps <= 0:
-                raise UserError(f"eps is {self.eps}; it must be positive")
+            self.check_positive("eps")
 
     def attach(self):
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))

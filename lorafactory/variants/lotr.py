@@ -109,9 +109,7 @@ class LoTR(Structure):
         def check(self):
             self.check_least(1, "rank")
             self.check_not_zero("alpha")
-            for key in ("factor_std", "factor_lr"):
-                if getattr(self, key) <= 0:
-                    raise UserError(f"{key} is {getattr(self, key)}; it must be positive")
+            self.check_positive("factor_std", "factor_lr")
             self.check_choices(left=FACTORS, core=CORES, right=FACTORS, group_by=GROUPS)
             zeros = [k for k in ("left", "core", "right") if getattr(self, k) == "zero"]
             if len(zeros) > 1:

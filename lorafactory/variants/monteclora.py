@@ -146,8 +146,7 @@ class MonteCLoRA(Posterior):
         def check(self):
             self.check_least(2, "experts")
             self.check_least(0, "size", "kl_weight", "samples")
-            if self.prior <= 0:
-                raise UserError(f"prior is {self.prior}; it must be positive")
+            self.check_positive("prior")
             if not self.kl_weight and (self.prior != 1 or self.official_kl):
                 raise UserError("kl_weight is 0, so prior and official_kl change nothing: leave them out")
 

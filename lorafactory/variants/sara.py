@@ -90,8 +90,7 @@ class SaRA(Structure):
         def check(self):
             if not 0 < self.fraction < 1:
                 raise UserError(f"fraction is {self.fraction}; it must lie in (0, 1)")
-            if self.threshold is not None and self.threshold <= 0:
-                raise UserError(f"threshold is {self.threshold}; it must be positive")
+            self.check_positive("threshold")
             self.check_shares("freeze_at")
             if self.penalty < 0:
                 raise UserError(f"penalty is {self.penalty}; it must not be negative")

@@ -46,8 +46,7 @@ class SoRA(Part):
             self.check_choices(schedule=SCHEDULES)
             self.check_least(0, "threshold", "gate_decay", "l1")
             self.check_least(2, "levels")
-            if self.gate_lr <= 0:
-                raise UserError(f"gate_lr is {self.gate_lr}; it must be positive")
+            self.check_positive("gate_lr")
             if not 0 < self.first < 1:
                 raise UserError(f"first is {self.first}; it must lie in (0, 1)")
             if self.schedule == "none":

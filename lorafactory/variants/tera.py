@@ -124,8 +124,7 @@ class TeRA(Structure):
 
         def check(self):
             self.check_least(2, "order")
-            if self.ratio <= 0:
-                raise UserError(f"ratio is {self.ratio}; it must be positive")
+            self.check_positive("ratio")
             for key in ("scale", "d_initial"):
                 if getattr(self, key) == 0:
                     raise UserError(f"{key} is 0: nothing would ever train")

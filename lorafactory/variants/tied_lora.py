@@ -97,8 +97,7 @@ class TiedLoRA(Structure):
             self.check_not_zero("alpha")
             if not self.trained or len(set(self.trained)) < len(self.trained) or set(self.trained) - {*TIED, *OWN}:
                 raise UserError(f"trained is {self.trained}; it takes one or more of {', '.join((*TIED, *OWN))}, each once")
-            if self.factor_lr <= 0:
-                raise UserError(f"factor_lr is {self.factor_lr}; it must be positive")
+            self.check_positive("factor_lr")
             if self.factor_lr != 1 and not set(self.trained) & set(TIED):
                 raise UserError(f"factor_lr is {self.factor_lr}, of no effect where neither A nor B trains: leave it out")
 

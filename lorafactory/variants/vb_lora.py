@@ -121,8 +121,7 @@ class VBLoRA(Structure):
             self.check_least(1, "rank", "num_vectors", "top_k", "vector_length")
             self.check_least(0, "logits_std", "logits_lr")
             self.check_shares("dropout")
-            if self.bound <= 0:
-                raise UserError(f"bound is {self.bound}; it must be positive")
+            self.check_positive("bound")
             if self.top_k > self.num_vectors:
                 raise UserError(f"top_k is {self.top_k}; the bank has {self.num_vectors} vectors")
 

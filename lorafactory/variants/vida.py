@@ -5,6 +5,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from .. import probe
 from ..adapter import Additive, Elastic, Structure
 from ..registry import StructureConfig, register
 
@@ -126,19 +127,16 @@ class ViDA(Structure):
         """Sets lam by the teacher's doubt, and gives the batch the teacher's logits to learn from."""
         if not (self.online and self.model.training and "labels" not in batch):
             return
-        modes = {m: m.training for m in self.model.modules()}
-        self.model.eval()
         for d in self.deltas():
             d.teaching = True
         try:
-            x, rest = batch["pixel_values"], {k: v for k, v in batch.items() if k != "pixel_values"}
-            views = (changed(x, self.config.flip) for _ in range(self.config.views))
-            logits = torch.stack([self.model(pixel_values=v, **rest).logits.double() for v in views])
-            self.weigh(0.1 * logits.var(0).mean())
-            batch["teacher"] = self.model(pixel_values=x, **rest).logits
+            with probe.mode(self.model, False):
+                x, rest = batch["pixel_values"], {k: v for k, v in batch.items() if k != "pixel_values"}
+                views = (changed(x, self.config.flip) for _ in range(self.config.views))
+                logits = torch.stack([self.model(pixel_values=v, **rest).logits.double() for v in views])
+                self.weigh(0.1 * logits.var(0).mean())
+                batch["teacher"] = self.model(pixel_values=x, **rest).logits
         finally:
-            for m, mode in modes.items():
-                m.training = mode
             for d in self.deltas():
                 d.teaching = False
 
