@@ -20,9 +20,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import _norms
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
+from _main import call
 
 from lorafactory import attach, files, kernels
 from lorafactory.environment import environment
@@ -86,12 +87,6 @@ def draw(*shape: int, dtype: torch.dtype = DTYPE) -> torch.Tensor:
 # the norm and the composition alone
 
 
-def peft_norm(w: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """PEFT 0.21's way: the update as an identity matrix sent through both factors."""
-    update = F.linear(F.linear(torch.eye(a.shape[1], dtype=a.dtype, device=a.device), a), b).T
-    return torch.linalg.norm(w + update.to(w.dtype), dim=1)
-
-
 def micro(ranks: list[int]) -> list[dict[str, Any]]:
     today, rows = limits(), []
     sizes = [(4096, 4096), (8192, 8192), (8192, 28672)] if CUDA else [(256, 256)]
@@ -105,7 +100,7 @@ def micro(ranks: list[int]) -> list[dict[str, Any]]:
             forms: dict[str, Callable[[], torch.Tensor]] = {
                 "ours": lambda w=w, a=a, b=b, base=base: kernels.sqnorm(w, a, b, base=base).sqrt(),
                 "dense": lambda w=w, a=a, b=b: (w + (b @ a).to(w.dtype)).norm(dim=1),
-                "PEFT": lambda w=w, n=narrow: peft_norm(w, *n),
+                "PEFT": lambda w=w, n=narrow: _norms.peft(w, *n),
             }
             least = max(w.numel() * 2 / today["copy_bytes_per_second"] / 2, 2 * w.numel() * r / today["flops"])
             for name, form in forms.items():
@@ -321,8 +316,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as e:
-        print(e, file=sys.stderr)
-        sys.exit(2)
+    call(main)

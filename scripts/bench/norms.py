@@ -10,24 +10,18 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import _norms
 import torch
+from _main import call
 from overhead import about
 
 from lorafactory import files, kernels
 from lorafactory.errors import UserError
-
-
-@torch.no_grad()
-def peft(w: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """PEFT 0.21: the update as an identity matrix sent through both factors, added to W in the factors' dtype."""
-    update = torch.nn.functional.linear(torch.nn.functional.linear(torch.eye(a.shape[1], dtype=a.dtype), a), b).T
-    return torch.linalg.norm(w.to(a.dtype) + update, dim=1)
 
 
 @torch.no_grad()
@@ -40,7 +34,7 @@ def ours(w: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return kernels.sqnorm(w, a, b).sqrt()
 
 
-FORMS: dict[str, Callable] = {"ours": ours, "dense": dense, "PEFT": peft}
+FORMS: dict[str, Callable] = {"ours": ours, "dense": dense, "PEFT": torch.no_grad()(_norms.peft)}
 
 
 def row(d: int, rank: int, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
@@ -99,8 +93,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as e:
-        print(e, file=sys.stderr)
-        sys.exit(2)
+    call(main)

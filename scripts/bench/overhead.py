@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from _main import call
 from _measure import STEPS, WARMUP, Apart, alternate, hush, make, started
 from _page import page
 from _peft import COUNTERPARTS
@@ -126,8 +127,4 @@ def about() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as e:
-        print(e, file=sys.stderr)
-        sys.exit(2)
+    call(main)

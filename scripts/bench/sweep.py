@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from _main import call
+
 from lorafactory import files
 from lorafactory.environment import environment
 from lorafactory.errors import UserError
@@ -113,8 +115,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as e:
-        print(e, file=sys.stderr)
-        sys.exit(2)
+    call(main)

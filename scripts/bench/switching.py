@@ -9,17 +9,16 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from _main import call
 from _measure import hush
 
 from lorafactory import Adapted, attach, describe, registry
 from lorafactory.adapter import LowRank
-from lorafactory.errors import UserError
 
 WARMUP = 1
 
@@ -90,8 +89,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as e:
-        print(e, file=sys.stderr)
-        sys.exit(2)
+    call(main)

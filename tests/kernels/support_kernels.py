@@ -20,12 +20,6 @@ MULTIPLIED = {torch.float32: 3e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 SHAPES = [(1, 512, 8), (7, 200, 5), (64, 256, 16), (100, 130, 24), (128, 384, 33), (40, 31, 1), (70, 140, 257), (20, 30, 0)]
 
 
-def place(where: tuple[str, str]) -> tuple[str, str]:
-    if where[0] == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    return where
-
-
 def near(found: Tensor, exact: Tensor, tolerance: float) -> bool:
     """By norm, and no entry off by four times as much of itself and the typical entry."""
     assert found.shape == exact.shape

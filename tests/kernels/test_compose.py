@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn as nn
-from support_kernels import CUT, MULTIPLIED, PLACES, SHAPES, STORED, near, place
+from support_kernels import CUT, MULTIPLIED, SHAPES, STORED, near
 
 from lorafactory import kernels
 
@@ -18,12 +18,11 @@ FORMS = {"gain": (True, False, True), "gain and bias": (True, True, True), "upda
 
 
 @pytest.fixture(autouse=True)
-def fresh_choice():
+def poisoned():
     """Memory that nobody has written is NaN."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
-    kernels.choose("auto")
 
 
 def inputs(shape, dtypes, device, form, near_one=0.5):
@@ -51,13 +50,11 @@ def exact(tensors, bias, whole, dz):
     return z.detach(), torch.autograd.grad(z, given, dz.double())
 
 
-@pytest.mark.parametrize("where", PLACES)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_it_is_its_definition(where, form, dtypes, shape):
-    device, kind = place(where)
-    kernels.choose(kind)
+    device, kind = where
     tensors, bias, whole = inputs(shape, DTYPES[dtypes], device, form)
     given = [t.requires_grad_() for t in tensors if t is not None]
     z = kernels.compose(*tensors, bias=bias, whole=whole)
@@ -72,11 +69,9 @@ def test_it_is_its_definition(where, form, dtypes, shape):
         assert near(mine, theirs, stored if name == "y" else max(multiplied, 2 * stored)), name
 
 
-@pytest.mark.parametrize("where", PLACES)
 @pytest.mark.parametrize("off", [0.0, 1e-6, -1e-6, 1e-4, -1e-4, 4e-3, -1e-2, 0.5])
 def test_near_one_no_digit_cancels(where, off):
-    device, kind = place(where)
-    kernels.choose(kind)
+    device, kind = where
     (y, h, b, _), _, _ = inputs((64, 96, 4), DTYPES["bf16"], device, "gain")
     gain = torch.full((96,), 1.0 + off, device=device)
     z = kernels.compose(y, h, b, gain=gain)
@@ -88,10 +83,8 @@ def test_near_one_no_digit_cancels(where, off):
         assert torch.equal(small, y)
 
 
-@pytest.mark.parametrize("where", PLACES)
 def test_no_rows_zero_gains_and_what_is_not_finite(where):
-    device, kind = place(where)
-    kernels.choose(kind)
+    device, kind = where
     (y, h, b, gain), bias, _ = inputs((0, 20, 3), DTYPES["float32"], device, "gain and bias")
     gain.requires_grad_()
     kernels.compose(y, h, b, gain=gain, bias=bias).sum().backward()
@@ -114,11 +107,9 @@ def test_no_rows_zero_gains_and_what_is_not_finite(where):
         assert near(mine, theirs, 3e-6)
 
 
-@pytest.mark.parametrize("where", PLACES)
 @pytest.mark.parametrize("wanted", [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (1, 0, 0, 1), (0, 1, 1, 0)])
 def test_each_gradient_alone(where, wanted):
-    device, kind = place(where)
-    kernels.choose(kind)
+    device, kind = where
     for form in ("gain and bias", "update alone"):
         tensors, bias, whole = inputs((33, 50, 6), DTYPES["float32"], device, form)
         given = [t.requires_grad_(bool(w)) for t, w in zip(tensors, wanted, strict=True)]
@@ -129,11 +120,9 @@ def test_each_gradient_alone(where, wanted):
         assert all(near(a, b, 3e-6) for a, b in zip(found, theirs, strict=True))
 
 
-@pytest.mark.parametrize("where", PLACES)
 def test_layouts(where):
     """Three dimensions, transposed and sliced storage, a gradient that is one number seen many times."""
-    device, kind = place(where)
-    kernels.choose(kind)
+    device, kind = where
     y = torch.randn(48, 3, 5, device=device).permute(1, 2, 0)
     h, b = torch.randn(3, 5, 12, device=device)[..., 2:9], torch.randn(7, 48, device=device).T
     gain = torch.rand(96, device=device)[::2]
@@ -146,10 +135,8 @@ def test_layouts(where):
         assert near(t.grad.reshape(exact_.shape), exact_, 3e-6)
 
 
-@pytest.mark.parametrize("where", PLACES)
 def test_the_same_bits_every_time_and_no_second_derivative(where):
-    device, kind = place(where)
-    kernels.choose(kind)
+    device, kind = where
     tensors, bias, _ = inputs((300, 130, 9), DTYPES["float32"], device, "gain and bias")
     given = [t.requires_grad_() for t in tensors]
 
@@ -165,10 +152,8 @@ def test_the_same_bits_every_time_and_no_second_derivative(where):
             first.sum().backward()
 
 
-@pytest.mark.parametrize("where", PLACES)
 def test_under_autocast_and_checkpointing(where):
-    device, kind = place(where)
-    kernels.choose(kind)
+    device, kind = where
     layer = nn.Linear(24, 40).to(device)
     a, b, gain = (torch.randn(s, device=device, requires_grad=True) for s in ((4, 24), (40, 4), (40,)))
     x = torch.randn(6, 24, device=device)
@@ -191,10 +176,8 @@ def test_under_autocast_and_checkpointing(where):
     assert all(near(p, q, 3e-2) for p, q in zip(plain, whole, strict=True))
 
 
-@pytest.mark.parametrize("where", PLACES)
 def test_the_next_layer_may_work_in_place(where):
-    device, kind = place(where)
-    kernels.choose(kind)
+    device, kind = where
     tensors, bias, _ = inputs((33, 50, 6), DTYPES["float32"], device, "gain and bias")
     given = [t.requires_grad_() for t in tensors]
     found = torch.autograd.grad(nn.functional.relu(kernels.compose(*given, bias=bias), inplace=True).sum(), given)
@@ -203,10 +186,8 @@ def test_the_next_layer_may_work_in_place(where):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where", PLACES)
 def test_compiled_without_a_graph_break(where):
-    device, kind = place(where)
-    kernels.choose(kind)
+    device, kind = where
     tensors, bias, _ = inputs((16, 24, 4), DTYPES["float32"], device, "gain and bias")
     given = [t.requires_grad_() for t in tensors]
     plain = kernels.compose(*given, bias=bias)

@@ -2,16 +2,10 @@
 
 import pytest
 import torch
-from support_kernels import PLACES, SHAPES, near, place
+from support_kernels import SHAPES, near
 
 from lorafactory import kernels
 from lorafactory.kernels import norms
-
-
-@pytest.fixture(autouse=True)
-def fresh_choice():
-    yield
-    kernels.choose("auto")
 
 
 def definition(w, a, b, s, axis, q):
@@ -19,14 +13,12 @@ def definition(w, a, b, s, axis, q):
     return square.sum(axis) if q is None else (square * (q.double() if axis else q.double()[:, None])).sum(axis)
 
 
-@pytest.mark.parametrize("where", PLACES)
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [*SHAPES, (300, 70, 4)], ids=str)
 def test_it_is_its_definition(where, axis, weighted, dtype, shape):
-    device, kind = place(where)
-    kernels.choose(kind)
+    device, kind = where
     d_out, d_in, r = shape
     w, a, b = (torch.randn(s, device=device) for s in ((d_out, d_in), (r, d_in), (d_out, r)))
     w, b = w.to(dtype), b * max(r, 1) ** -0.5
@@ -47,10 +39,8 @@ def test_it_is_its_definition(where, axis, weighted, dtype, shape):
             assert near(mine, exact_, 3e-6)
 
 
-@pytest.mark.parametrize("where", PLACES)
 def test_zero_rows_nan_and_a_zero_update(where):
-    device, kind = place(where)
-    kernels.choose(kind)
+    device, kind = where
     a, b = torch.randn(4, 30, device=device), torch.randn(20, 4, device=device)
     w = torch.randn(20, 30, device=device)
     w[3] = -(b @ a)[3]

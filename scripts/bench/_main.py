@@ -1,0 +1,16 @@
+"""What every benchmark ends with: a user's mistake in one line, exit status 2."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from lorafactory.errors import UserError
+
+
+def call(main: Callable[[list[str]], int]) -> None:
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as e:
+        print(e, file=sys.stderr)
+        sys.exit(2)
