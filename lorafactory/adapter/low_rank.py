@@ -289,7 +289,7 @@ class LowRank(Elastic):
     def set_mask(self, mask: Tensor | None, always: bool = False) -> None:
         """How much each rank counts from now on, [rank]: in training, or always. It is not saved: whoever sets it does so
         again after loading, and takes it away before it changes the rank."""
-        self.mask, self.mask_always = None if mask is None else mask.to(self.A.dtype), always
+        self.mask, self.mask_always = None if mask is None else mask.to(self.A), always
 
     @torch.no_grad()
     def add_gate(self, start: float | None = None, unit_norm: bool = False) -> None:
