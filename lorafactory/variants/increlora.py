@@ -104,7 +104,7 @@ class IncreLoRA(Part):
     # importance
 
     def watch(self, key, delta, args, y):
-        """Gather dL/dW of a layer, summed over micro-batches."""
+        """Gather dL/dW of a layer, summed over micro-batches, in training mode; in no other are pairs told apart."""
         if not torch.compiler.is_compiling() and self.training and y.requires_grad and self.growing():
             x = args[0].detach()
             y.register_hook(lambda g: self.gather(key, g.flatten(0, -2).float().T @ x.flatten(0, -2).float()))
@@ -125,7 +125,7 @@ class IncreLoRA(Part):
     def before_step(self, step):
         if not self.growing():
             return
-        if not step.sum(torch.tensor(float(len(self.gathered)), device=self.smoothed.device)):
+        if self.training and not step.sum(torch.tensor(float(len(self.gathered)), device=self.smoothed.device)):
             raise UserError(f"{self.name} saw no gradient of the layers while it grows: train.compile hides them")
         start, stop = self.phases(step.total)
         if stop - start < self.rounds(step.total):
