@@ -161,6 +161,24 @@ def test_paper_dora_drops_only_what_A_reads():
     assert near(output(a.eval(), x), output(b.eval(), x)), "without dropout they are one function"
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_peft_dora_drops_what_w0_reads_too(kind):
+    """drop_base: the same draws, the same outputs and gradients; without dropout it is refused."""
+    x, y = torch.randn(3, 7, 32, requires_grad=True), torch.randn(3, 7, 32)
+    z = x.detach().clone().requires_grad_()
+    ours = {"dropout": 0.5, "decomposition": {"drop_base": True}}
+    a, b, found = both(kind, "dora", ours=ours, theirs={"lora_dropout": 0.5})
+    results = []
+    for model, read in ((a, x), (b, z)):
+        torch.manual_seed(3)
+        results.append(output(model, read))
+        (results[-1] * y).sum().backward()
+    assert near(*results) and near(x.grad, z.grad)
+    for p, q in found:
+        assert q.grad.any() and near(p.grad, q.grad.view_as(p))
+    assert near(output(a.eval(), x), output(b.eval(), x)) and not near(output(a, x), results[0])
+
+
 def test_paper_ia3_scales_keys_values_and_the_hidden_activation():
     """PEFT's defaults add the attention's own output layer in a BERT, and take queries for keys in a Qwen2."""
     sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)

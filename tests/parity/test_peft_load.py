@@ -187,6 +187,14 @@ def test_what_load_cannot_read_is_refused_and_the_model_left_alone(case, tmp_pat
     assert torch.equal(logits(model), before) and not any("_held" in vars(m) for m in model.modules())
 
 
+def test_dora_trains_on_with_pefts_dropout(tmp_path):
+    for drop, found in ((0.25, True), (0.0, None)):
+        folder = tmp_path / str(drop)
+        model, _ = from_peft(folder, "bert", peft.LoraConfig, **PLAIN, use_dora=True, lora_dropout=drop)
+        config = load(model, folder / "p").adapter.config
+        assert (config.dropout, config.decomposition.drop_base) == (drop, found)
+
+
 def test_damaged_folders_and_another_base_are_refused(tmp_path):
     """A tensor too many, one too few, a field that is missing, and layers of another width."""
     from safetensors.torch import load_file, save_file

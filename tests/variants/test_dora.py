@@ -7,6 +7,7 @@ from support import Net, Regression, adamw, attached, close, linear_sites, pertu
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from lorafactory import attach
+from lorafactory.errors import UserError
 
 OVER = ("dora", "dora+pissa", "vera+dora", "loha+dora", "lotr+dora", "shira+dora", "full+dora")
 
@@ -149,3 +150,31 @@ def test_counts_on_llama_7b():
         adapted = attach(base, variant, rank=32, alpha=64, target_modules=targets)
         assert adapted.num_trainable() == count
         adapted.detach()
+
+
+@pytest.mark.parametrize("spelling", ["dora", "vera+dora", "dora+relora"])
+def test_drop_base_is_of_the_structures_one_draw(spelling):
+    """W = diag(g) W0 with B = 0: y = W0 x + (g - 1) W0 x', the same x' that A reads; nothing in evaluation."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(6, 5), torch.randn(400, 6)
+    adapted = attach(nn.Sequential(layer), spelling, rank=3, dropout=0.5, decomposition={"drop_base": True})
+    d, base = adapted.adapter.deltas["0"], layer(x)
+    with torch.no_grad():
+        d.magnitude.mul_(3)
+    torch.manual_seed(1)
+    got = adapted.train()(x)
+    torch.manual_seed(1)
+    dropped = nn.functional.dropout(x, 0.5)
+    assert close(got, base + 2 * (dropped @ layer.weight.T), 10)
+    perturb(adapted.adapter, 0.5)
+    torch.manual_seed(1)
+    got, g = adapted(x), d.gain(adapted.adapter.sites[0].base)
+    dense = d.inner.weight(adapted.adapter.sites[0].base) - layer.weight
+    assert close(got, base + (g - 1) * (dropped @ layer.weight.T) + g * (dropped @ dense.T), 10)
+    assert torch.equal(adapted.eval()(x), adapted(x))
+
+
+def test_drop_base_without_dropout_is_refused():
+    for spelling in ("dora", "full+dora"):
+        with pytest.raises(UserError, match="drop_base is true, of no effect: what is inside has no dropout"):
+            attach(nn.Sequential(nn.Linear(16, 9)), spelling, decomposition={"drop_base": True})
