@@ -2,7 +2,7 @@
 
 from .adapter import Adapter
 from .continual import Continual, Memory, used
-from .delta import Additive, Copy, Delta, exact, kronecker, linear
+from .delta import Additive, Copy, Delta, exact, kronecker, linear, numbers
 from .elastic import Elastic
 from .low_rank import LowRank
 from .part import Decomposition, Init, Part, Posterior, Stage, Step, Structure
@@ -42,5 +42,6 @@ __all__ = [
     "kronecker",
     "length",
     "linear",
+    "numbers",
     "used",
 ]

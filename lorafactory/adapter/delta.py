@@ -51,6 +51,21 @@ def dropped(x: Tensor, module: Any) -> Tensor:
     return F.dropout(x, module.dropout, module.training) if module.dropout else x
 
 
+def numbers(*modules: nn.Module) -> list[Tensor]:
+    """What the modules' functions depend on: their tensors and those of the modules that they refer to."""
+    found: list[Tensor] = []
+    seen: set[nn.Module] = set()
+    left = [*modules]
+    while left:
+        module = left.pop()
+        if module not in seen:
+            seen.add(module)
+            own = (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values())
+            found += (t for t in own if isinstance(t, Tensor))
+            left += (m for m in (*module._modules.values(), *module.__dict__.values()) if isinstance(m, nn.Module))
+    return found
+
+
 class Delta(nn.Module):
     """The function of one site. Its meaning: y = weight(base) x + bias(base). Its fast path: y = base(x) + update.
 

@@ -9,6 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels import sampled
 from .delta import Delta, linear, lost
 from .elastic import Elastic
 from .site import Base, Site
@@ -33,8 +34,8 @@ class Product(torch.autograd.Function):
         x, values, rows, columns, weight = ctx.saved_tensors
         g = grads[0]
         back = g @ dense(weight, values, (rows, columns)) if ctx.needs_input_grad[0] else None
-        full = g.reshape(-1, g.shape[-1]).T @ x.reshape(-1, x.shape[-1])
-        return back, full[rows, columns], None, None, None, None
+        own = sampled(g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1]), rows, columns)
+        return back, own, None, None, None, None
 
 
 class Sparse(Elastic, Delta):

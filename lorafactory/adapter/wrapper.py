@@ -10,7 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..kernels import Once, compose, sqnorm, squares
-from .delta import Delta, exact
+from .delta import Delta, exact, numbers
 from .site import Base
 
 
@@ -67,18 +67,3 @@ def length(square: Tensor, some: Tensor | None = None) -> Tensor:
     """The roots of squared lengths. What has none, or is not among `some`, has no direction and counts as 1."""
     found = square > 0 if some is None else some & (square > 0)
     return torch.where(found, square, 1.0).sqrt()
-
-
-def numbers(*modules: nn.Module) -> list[Tensor]:
-    """What the modules' functions depend on: their tensors and those of the modules that they refer to."""
-    found: list[Tensor] = []
-    seen: set[nn.Module] = set()
-    left = [*modules]
-    while left:
-        module = left.pop()
-        if module not in seen:
-            seen.add(module)
-            own = (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values())
-            found += (t for t in own if isinstance(t, Tensor))
-            left += (m for m in (*module._modules.values(), *module.__dict__.values()) if isinstance(m, nn.Module))
-    return found

@@ -3,7 +3,8 @@
 from .choice import CHOICES, choose, forget, used
 from .compose import compose
 from .norms import sqnorm, squares
-from .once import Once, changed, leave, still, watch
+from .once import Once, changed, held, leave, still, watch
+from .sampled import sampled
 
-__all__ = ["CHOICES", "Once", "changed", "choose", "compose", "forget", "leave", "sqnorm", "squares", "still", "used",
-           "watch"]  # fmt: skip
+__all__ = ["CHOICES", "Once", "changed", "choose", "compose", "forget", "held", "leave", "sampled", "sqnorm", "squares", "still",
+           "used", "watch"]  # fmt: skip

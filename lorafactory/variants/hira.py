@@ -4,10 +4,11 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 
-from ..adapter import Delta, LowRank, linear
+from ..adapter import Delta, LowRank, linear, numbers
 from ..adapter.peft import common
 from ..adapter.ranked import Ranked, RankedConfig
 from ..errors import UserError
+from ..kernels import Once, held
 from ..registry import register
 
 
@@ -17,6 +18,7 @@ class HiRADelta(Delta):
     def __init__(self, low_rank: LowRank):
         super().__init__()
         self.hadamard = low_rank  # a name of its own: a LoRA must not load it
+        self.once = Once()
 
     def weight(self, base):
         return base.weight * (1 + self.hadamard.product())
@@ -30,7 +32,14 @@ class HiRADelta(Delta):
         dropped = low.dropout and self.training
         if dropped or x.dtype != w.dtype or w.dtype != low.A.dtype or torch.is_autocast_enabled(x.device.type):
             return super().forward(x, base)  # 1 + B A in a narrow dtype would lose B A
-        return F.linear(x, self.weight(base), base.bias)
+
+        def gradients(g, b, a):
+            g = g * w
+            return g @ a.T, b.T @ g
+
+        pair = low.factors()
+        whole = held(self.once, lambda b, a: w * (1 + b @ a), gradients, pair, lambda: numbers(self, base.module), self.training)
+        return F.linear(x, whole, base.bias)
 
 
 @register("hira")
@@ -43,9 +52,9 @@ class HiRA(Ranked):
     brings W0 back by dividing by 1 + B A, which need not have an inverse; merging here keeps W0. Gradients are those of
     the entries of W times W0, so the rate is higher than LoRA's: 1e-3 in the paper.
 
-    Cost: rank d_in d_out products a step for B A, since no factors of W0 * B A are thin; W is formed and multiplied once,
-    so a position costs what it costs without an adapter. In dropout, and over a narrower base, W0 and the update are
-    multiplied apart."""
+    Cost: rank d_in d_out products a step for B A, since no factors of W0 * B A are thin; W is formed once an optimiser step
+    (kernels.held) and multiplied once, so a position costs what it costs without an adapter. In dropout, and over a
+    narrower base, it is formed in every pass, and W0 and the update are multiplied apart."""
 
     paper = "HiRA, ICLR 2025"
     gives = frozenset({"low_rank", "input", "weight"})

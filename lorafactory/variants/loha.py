@@ -1,11 +1,11 @@
 from dataclasses import dataclass
 
 import torch.nn as nn
-from torch.utils.checkpoint import checkpoint
 
 from .. import linalg
-from ..adapter import linear
+from ..adapter import exact, linear, numbers
 from ..adapter.lycoris import Lycoris, LycorisConfig, LycorisDelta, uniform
+from ..kernels import Once, held
 from ..registry import register
 
 STARTS = ("uniform", "normal")
@@ -18,7 +18,7 @@ class LoHaDelta(LycorisDelta):
 
     def __init__(self, site, rank: int, scale: float, c):
         super().__init__(site.new(fill=scale), c)
-        self.d_in, self.d_out = site.d_in, site.d_out
+        self.d_in, self.d_out, self.once = site.d_in, site.d_out, Once()
         self.B1, self.A1 = nn.Parameter(site.new(site.d_out, rank)), nn.Parameter(site.new(rank, site.d_in))
         self.B2, self.A2 = nn.Parameter(site.new(site.d_out, rank)), nn.Parameter(site.new(rank, site.d_in))
         if c.start == "normal":
@@ -47,6 +47,12 @@ class LoHaDelta(LycorisDelta):
     def dense(self, b1, a1, b2, a2):
         return (b1 * self.scale @ a1) * (b2 @ a2)
 
+    def gradients(self, g, b1, a1, b2, a2):
+        """Of three dense matrices backward keeps one, and forms two again."""
+        g = g * self.scale
+        g1, g2 = g * (b2 @ a2), g * (b1 @ a1)
+        return g1 @ a1.T, b1.T @ g1, g2 @ a2.T, b2.T @ g2
+
     def weight(self, base):
         return base.weight + self.dense(self.B1, self.A1, self.B2, self.A2)
 
@@ -54,8 +60,9 @@ class LoHaDelta(LycorisDelta):
         if self.rank**2 * (self.d_in + self.d_out) < self.d_in * self.d_out:
             b, a = self.factors()
             return linear(x, a, b)
-        pairs = self.B1, self.A1, self.B2, self.A2  # of three dense matrices backward keeps one, and forms two again
-        update = checkpoint(self.dense, *pairs, use_reentrant=False, preserve_rng_state=False)
+        with exact():
+            pairs = self.B1, self.A1, self.B2, self.A2
+            update = held(self.once, self.dense, self.gradients, pairs, lambda: numbers(self))
         return linear(x, update)
 
 
@@ -68,7 +75,8 @@ class LoHa(Lycoris):
     four count what a LoRA of twice the rank counts.
 
     Cost: the product is a pair of rank rank^2 (Khatri-Rao), so rank^2 (d_in + d_out) products a position; where that is
-    more than d_in d_out the update [d_out, d_in] is formed instead, as LyCORIS and PEFT always do."""
+    more than d_in d_out the update [d_out, d_in] is formed instead, once an optimiser step (kernels.held), as LyCORIS and
+    PEFT always do, in every pass."""
 
     paper = "FedPara, arXiv 2108.06098"
     gives = frozenset({"additive", "weight"})
