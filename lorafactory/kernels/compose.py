@@ -1,4 +1,4 @@
-"""compose: a layer's output and its low-rank update, scaled row by row, without the update in between."""
+"""compose: a layer's output and its low-rank update, scaled row by row, without the update in between; rescale: without one."""
 
 from __future__ import annotations
 
@@ -34,6 +34,15 @@ def compose(y: Tensor, h: Tensor, b: Tensor, gain: Tensor | None = None, bias: T
     if kind == "eager" and not whole:
         return eager.add_scaled(y, h, b, gain)
     return _Compose.apply(*eager.rows(y, h), b, gain, bias, whole, kind).view(y.shape)
+
+
+def rescale(y: Tensor, gain: Tensor) -> Tensor:
+    """gain * y, without an update: y [..., d_out], gain [d_out], float32 or wider. In y's dtype, rounded once."""
+    if pick("rescale", y, gain, twin=True, worth=y.numel() >= WORTH) != "triton":
+        return (gain * y).to(y.dtype)
+    flat = y.reshape(-1, len(gain))
+    nothing = flat.new_empty(len(flat), 0), gain.new_empty(len(gain), 0)
+    return _Compose.apply(flat, *nothing, gain, None, True, "triton").view(y.shape)  # type: ignore[no-any-return]
 
 
 def _definition(y: Tensor, h: Tensor, b: Tensor, g: Tensor | None, bias: Tensor | None, whole: bool) -> Tensor:

@@ -8,6 +8,7 @@ import torch.nn as nn
 from ..adapter import Delta, Structure, linear
 from ..adapter.peft import exactly
 from ..errors import UserError
+from ..kernels import rescale
 from ..registry import StructureConfig, nearest, register
 from ..targets import matches
 
@@ -41,8 +42,7 @@ class OutputScaled(Scaled):
         return (self.l - 1) * y
 
     def forward(self, x, base):
-        y = base(x)
-        return (self.l * y).to(y.dtype)
+        return rescale(base(x), self.l)
 
 
 class InputScaled(Scaled):
@@ -55,7 +55,7 @@ class InputScaled(Scaled):
         return linear((self.l - 1) * x, base.weight)
 
     def forward(self, x, base):
-        return base((self.l * x).to(x.dtype))
+        return base(rescale(x, self.l))
 
 
 @register("ia3")

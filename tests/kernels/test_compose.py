@@ -69,6 +69,23 @@ def test_it_is_its_definition(where, form, dtypes, shape):
         assert near(mine, theirs, stored if name == "y" else max(multiplied, 2 * stored)), name
 
 
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("shape", [(0, 20), (1, 300), (70, 33)], ids=str)
+@pytest.mark.parametrize("batched", [False, True])
+def test_rescale_is_its_definition(where, dtypes, shape, batched):
+    device, _ = where
+    y, gain = torch.randn(shape, device=device).to(DTYPES[dtypes][0]), torch.randn(shape[1], device=device)
+    y = (y[None] if batched else y).requires_grad_()
+    z = kernels.rescale(y, gain.requires_grad_())
+    dz = torch.randn_like(z)
+    found = torch.autograd.grad(z, (y, gain), dz)
+    stored = STORED[DTYPES[dtypes][0]]
+    assert z.dtype == y.dtype == found[0].dtype and found[1].dtype == gain.dtype and z.shape == found[0].shape == y.shape
+    assert near(z.detach(), (gain.double() * y.double()).detach(), stored)
+    assert near(found[0], (gain.double() * dz.double()).detach(), stored)
+    assert near(found[1], (dz.double() * y.double()).flatten(0, -2).sum(0).detach(), 2 * stored)
+
+
 @pytest.mark.parametrize("off", [0.0, 1e-6, -1e-6, 1e-4, -1e-4, 4e-3, -1e-2, 0.5])
 def test_near_one_no_digit_cancels(where, off):
     device, kind = where
