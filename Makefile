@@ -6,13 +6,15 @@ TORCH ?= 2.13.0
 TRITON ?= 3.9.0
 RESULTS ?= results/demo
 JOBS ?= 2
+# variants whose step is also measured on SmolLM2
+LARGER := lora,dora,vera,pissa,adalora,ia3,hira,loha,shira,oft,randlora,lora_pro
 PY := .venv/bin/python
 PIP := $(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 WANDB_MODE=disabled $(PY) -m pytest -n $(JOBS) --dist worksteal -q
 # Triton's kernels without a GPU: its interpreter must be chosen before Triton is imported, so in a process of their own
 KERNELS := test "$$(uname -s)" != Linux || TRITON_INTERPRET=1 $(PYTEST) tests/kernels/test_compose.py -k triton
 
-.PHONY: help setup demo test test-all test-gpu bench-gpu bench-cpu bench glue vision ablations generation lint types check tables wheel clean
+.PHONY: help setup demo test test-all test-gpu bench-gpu bench-cpu glue vision ablations generation lint types check tables wheel clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -53,11 +55,10 @@ test-gpu: setup ## what needs a GPU
 bench-gpu: setup ## DoRA's kernels on a GPU, beside their limits and PEFT: results/bench/gpu_*.json (half an hour)
 	@for what in micro layer stack; do $(PY) scripts/bench/gpu.py $$what --out results/bench || exit 1; done
 
-bench-cpu: setup ## the norm of W + B A on this processor, beside PEFT's and the dense product: results/bench/norms.md
+bench-cpu: setup ## step time and memory of every variant beside PEFT, and DoRA's norm: results/bench/*.md (an hour)
 	@$(PY) scripts/bench/norms.py --out results/bench
-
-bench: setup ## step time and memory of every variant beside PEFT: results/bench/overhead.md
 	@$(PY) scripts/bench/overhead.py --out results/bench
+	@$(PY) scripts/bench/overhead.py --model smollm2 --variants $(LARGER) --batch 4x48 --rounds 10 --out results/bench
 
 glue: setup ## every variant on GLUE's CoLA, MRPC and SST-2, on two CPU cores (hours; stop it at will, it goes on)
 	@scripts/glue.sh

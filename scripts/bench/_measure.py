@@ -12,7 +12,7 @@ from multiprocessing import get_context
 from typing import Any
 
 import torch
-from _sides import Batch, Side, bare, batches, config_of, layers, ours
+from _sides import Batch, Side, bare, batches, config_of, dense, layers, norms, ours
 
 from lorafactory import describe, registry
 from lorafactory.memory import Peak
@@ -27,14 +27,14 @@ def hush() -> None:
         warnings.simplefilter("ignore", category)
 
 
-def make(side: str, model: Any, spelling: str, rank: int, total: int) -> Side:
-    """A side on this very model. total: optimiser steps that it will take."""
+def make(side: str, model: Any, spelling: str, rank: int, total: int) -> Side | None:
+    """A side on this very model; None: the variant has none such. total: optimiser steps that it will take."""
     torch.manual_seed(0)
-    if side == "bare":
-        return bare(model)
+    if side in ("bare", "norms"):
+        return {"bare": bare, "norms": norms}[side](model)
     config = config_of(spelling, rank)
-    if side == "ours":
-        return ours(model, config, total)
+    if side in ("ours", "dense"):
+        return {"ours": ours, "dense": dense}[side](model, config, total)
     from _peft import theirs  # here: the others do without PEFT
 
     return theirs(model, spelling, config, layers(model, config), total)
@@ -58,7 +58,7 @@ def alternate(steps: dict[str, Callable[[Batch], None]], data: list[Batch], roun
     return {name: s[WARMUP:] for name, s in seconds.items()}
 
 
-def started(side: str, base: Any, spelling: str, rank: int, rounds: int) -> tuple[Side, float]:
+def started(side: str, base: Any, spelling: str, rank: int, rounds: int) -> tuple[Side | None, float]:
     """A side on a copy of the base, and the seconds that its start took."""
     model = copy.deepcopy(base)
     began = time.perf_counter()
@@ -66,7 +66,7 @@ def started(side: str, base: Any, spelling: str, rank: int, rounds: int) -> tupl
     return made, time.perf_counter() - began
 
 
-def peak(side: str, model: str, spelling: str, rank: int, threads: int) -> int:
+def peak(side: str, model: str, spelling: str, rank: int, size: tuple[int, int], threads: int) -> int:
     """Bytes that this process grows by, beyond the loaded model, while the side starts and takes STEPS steps."""
     hush()
     registry.discover()
@@ -74,13 +74,13 @@ def peak(side: str, model: str, spelling: str, rank: int, threads: int) -> int:
     base = describe.base_model(model)
     if side == "theirs":
         import _peft  # noqa: F401  its modules are not the method's memory
-    data = batches(base)
+    data = batches(base, size)
     for p in base.parameters():
         p.detach().sum()  # weights are mapped until they are read
     measured = Peak(torch.device("cpu"))
-    step = make(side, base, spelling, rank, STEPS).step
+    made = make(side, base, spelling, rank, STEPS)
     for batch in data[:STEPS]:
-        step(batch)
+        made.step(batch)  # type: ignore[union-attr]
     grown = measured.read()
     if not grown:
         raise RuntimeError("this system does not tell a process its peak memory (VmHWM in /proc/self/status)")
@@ -99,5 +99,5 @@ class Apart:
     def __exit__(self, *_: Any) -> None:
         self.pool.shutdown(cancel_futures=True)
 
-    def peak(self, side: str, model: str, spelling: str, rank: int) -> int:
-        return self.pool.submit(peak, side, model, spelling, rank, torch.get_num_threads()).result()
+    def peak(self, side: str, model: str, spelling: str, rank: int, size: tuple[int, int]) -> int:
+        return self.pool.submit(peak, side, model, spelling, rank, size, torch.get_num_threads()).result()

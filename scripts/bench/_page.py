@@ -41,10 +41,11 @@ def _how(found: dict[str, Any]) -> list[str]:
         f"torch's AdamW ({optimizer}), in the same plain loop on every side. Rank {s['rank']} where a variant has a rank; "
         "other options stand at our defaults, and the counterpart is given them and the very layers that ours adapts. "
         "The bare model trains its head alone: its backward pass ends there, while its dropout is on as in any plain loop "
-        "(`head_only` turns it off).",
-        f"Time: bare, ours and the counterpart take turns in one process, {s['rounds']} rounds after {s['warmup']} that do "
-        "not count, each round in another order. A ratio is the median of the rounds' ratios, with their 10th and 90th "
-        "percentile; below 1, ours is faster. Start: attaching, data-driven starts included, once. What a method does in "
+        "(`head_only` turns it off). Norms: it trains its norms and head, so that gradients pass through every layer, which "
+        "no adapter can do without. Dense: ours with each layer's whole weight formed in every pass, where it has one.",
+        f"Time: bare, norms, ours, dense and the counterpart take turns in one process, {s['rounds']} rounds after "
+        f"{s['warmup']} that do not count, each round in another order. A ratio is the median of the rounds' ratios, with "
+        "their 10th and 90th percentile; below 1, ours is faster. Start: attaching, data-driven starts included, once. What a method does in "
         "few steps only (restarts, projectors) a median does not show.",
         f"Memory: what a process of its own grows by beyond the loaded model (VmHWM) over the start and {s['steps']} steps. "
         f"Once a side: a repeat differs by up to {ALIKE:.0%}.",
@@ -61,12 +62,13 @@ def _table(head: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def _time(rows: list[dict[str, Any]]) -> list[str]:
-    head = ["variant", "layers", "trained", "ms a step", "/ bare", "counterpart", "its trained", "/ counterpart", "start, s",
-            "its start, s"]  # fmt: skip
+    head = ["variant", "layers", "trained", "ms a step", "/ bare", "/ norms", "/ dense", "counterpart", "its trained",
+            "/ counterpart", "start, s", "its start, s"]  # fmt: skip
     return _table(head, [[
         f"`{r['variant']}`", str(r["layers"]), f"{r['trainable']['ours']:,}", f"{1e3 * r['step_seconds']['ours']:.0f}",
-        _ratio(r["time"].get("bare")), r.get("counterpart", "none"), _number(r["trainable"].get("theirs")),
-        _ratio(r["time"].get("theirs")), _seconds(r["start_seconds"].get("ours")), _seconds(r["start_seconds"].get("theirs")),
+        *(_ratio(r["time"].get(side)) for side in ("bare", "norms", "dense")), r.get("counterpart", "none"),
+        _number(r["trainable"].get("theirs")), _ratio(r["time"].get("theirs")), _seconds(r["start_seconds"].get("ours")),
+        _seconds(r["start_seconds"].get("theirs")),
     ] for r in rows])  # fmt: skip
 
 

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 import lorafactory
 from lorafactory import registry, targets
+from lorafactory.adapter import Delta
 
 ROWS, TOKENS, BATCHES = 16, 48, 4
 ADAMW: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.0, "fused": True}  # every side's, as lorafactory/train.py has it
@@ -25,13 +27,13 @@ class Side:
     trainable: int
 
 
-def batches(model: Any) -> list[Batch]:
+def batches(model: Any, size: tuple[int, int] = (ROWS, TOKENS)) -> list[Batch]:
     """Full rows of random tokens with labels, the same at every call; what is trained on and what starts see."""
     g, c = torch.Generator().manual_seed(0), model.config
     made = []
     for _ in range(BATCHES):
-        ids = torch.randint(5, c.vocab_size, (ROWS, TOKENS), generator=g)
-        labels = torch.randint(0, c.num_labels, (ROWS,), generator=g)
+        ids = torch.randint(5, c.vocab_size, size, generator=g)
+        labels = torch.randint(0, c.num_labels, (size[0],), generator=g)
         made.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
     return made
 
@@ -60,6 +62,15 @@ def bare(model: nn.Module) -> Side:
     return plain(model)
 
 
+def norms(model: nn.Module) -> Side:
+    """The model's norms and head alone: gradients pass through every layer, as they must for an adapter."""
+    made = bare(model)
+    for module in model.modules():
+        if "norm" in type(module).__name__.lower():
+            module.requires_grad_(True)
+    return plain(model) if made.trainable else made
+
+
 def plain(
     model: nn.Module, optimizer: torch.optim.Optimizer | None = None, after: Callable[[], None] | None = None
 ) -> Side:
@@ -78,9 +89,26 @@ def plain(
     return Side(step, sum(p.numel() for p in params))
 
 
+def dense(model: nn.Module, config: Any, total: int) -> Side | None:
+    """Ours, each layer by its definition, (V x) + bias with V = W0 + the whole update formed in every pass. None where
+    that is not the variant: it has no weight, or trains one."""
+    adapted = lorafactory.attach(model, config, batches=batches(model), seed=0)
+    deltas = adapted.adapter.deltas
+    found = [(s, deltas[s.key]) for s in adapted.adapter.sites if s.is_linear and s.key in deltas]
+    if not found or not adapted.adapter.mergeable or any(d.replaces or type(d).weight is Delta.weight for _, d in found):
+        return None
+    for _, delta in found:
+        delta.forward = lambda x, base, delta=delta: F.linear(x, delta.weight(base), delta.bias(base))
+    return stepping(adapted, total)
+
+
 def ours(model: nn.Module, config: Any, total: int) -> Side:
     """lorafactory's variant in the same plain loop. total: optimiser steps that will be taken."""
-    adapted = lorafactory.attach(model, config, batches=batches(model), seed=0).train()
+    return stepping(lorafactory.attach(model, config, batches=batches(model), seed=0), total)
+
+
+def stepping(adapted: lorafactory.Adapted, total: int) -> Side:
+    adapted.train()
     optimizer = adapted.optimizer(adamw, total)
 
     def step(batch: Batch) -> None:

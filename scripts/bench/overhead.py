@@ -1,8 +1,10 @@
 """Training-step time and peak memory of every variant beside the bare model and PEFT's same variant.
 
-    python scripts/bench/overhead.py [--model minilm] [--variants lora,dora+pissa] [--rounds 20] [--out results/bench]
+    python scripts/bench/overhead.py [--model minilm] [--variants lora,dora+pissa] [--batch 16x48] [--rounds 20]
+                                     [--out results/bench]
 
-Writes overhead.md and overhead.json. Exit status: 0; 1 if a variant failed (it is in the table); 2 for a wrong call."""
+Writes overhead.md and overhead.json; of another model than MiniLM, overhead_<model>.md and .json. Exit status: 0; 1 if a
+variant failed (it is in the table); 2 for a wrong call."""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from _main import call
 from _measure import STEPS, WARMUP, Apart, alternate, hush, make, started
 from _page import page
 from _peft import COUNTERPARTS
-from _sides import ADAMW, ROWS, TOKENS, batches, config_of, layers
+from _sides import ADAMW, ROWS, TOKENS, Side, batches, config_of, layers
 
 from lorafactory import describe, files, registry
 from lorafactory.environment import environment
@@ -39,42 +41,42 @@ def ratios(a: list[float], b: list[float]) -> dict[str, float]:
     return spread([x / y for x, y in zip(a, b, strict=True)])
 
 
-def timed(base: Any, bare: Any, spelling: str, rank: int, rounds: int) -> dict[str, Any]:
-    """One variant's sides in turn with the bare model."""
-    sides = {"ours": started("ours", base, spelling, rank, rounds)}
-    if spelling in COUNTERPARTS:
-        sides["theirs"] = started("theirs", base, spelling, rank, rounds)
-    steps = {"bare": bare.step, **{name: side.step for name, (side, _) in sides.items()}}
-    seconds = alternate(steps, batches(base), rounds)
+def timed(base: Any, plain: dict[str, Side], spelling: str, c: argparse.Namespace) -> dict[str, Any]:
+    """One variant's sides in turn with the plain ones."""
+    wanted = ["ours", "dense", *(["theirs"] if spelling in COUNTERPARTS else [])]
+    made = {name: started(name, base, spelling, c.rank, c.rounds) for name in wanted}
+    sides = {name: (side, s) for name, (side, s) in made.items() if side is not None}
+    steps = {name: side.step for name, side in plain.items()} | {name: side.step for name, (side, _) in sides.items()}
+    seconds = alternate(steps, batches(base, c.batch), c.rounds)
     return {
-        "layers": len(layers(base, config_of(spelling, rank))),
+        "layers": len(layers(base, config_of(spelling, c.rank))),
         "trainable": {name: side.trainable for name, (side, _) in sides.items()},
         "start_seconds": {name: s for name, (_, s) in sides.items()},
         "step_seconds": {name: statistics.median(s) for name, s in seconds.items()},
-        "time": {name: ratios(seconds["ours"], seconds[name]) for name in ("bare", *sides) if name != "ours"},
+        "time": {name: ratios(seconds["ours"], seconds[name]) for name in steps if name != "ours"},
     }
 
 
-def weighed(apart: Apart, model: str, spelling: str, rank: int, bare: int) -> dict[str, Any]:
+def weighed(apart: Apart, spelling: str, c: argparse.Namespace, bare: int) -> dict[str, Any]:
     sides = ["ours", *(["theirs"] if spelling in COUNTERPARTS else [])]
-    peaks = {"bare": bare, **{side: apart.peak(side, model, spelling, rank) for side in sides}}
+    peaks = {"bare": bare, **{side: apart.peak(side, c.model, spelling, c.rank, c.batch) for side in sides}}
     return {"peak_bytes": peaks, "memory": {k: peaks["ours"] / v for k, v in peaks.items() if k != "ours"}}
 
 
-def measure(model: str, spellings: list[str], rank: int, rounds: int) -> list[dict[str, Any]]:
+def measure(spellings: list[str], c: argparse.Namespace) -> list[dict[str, Any]]:
     """One row a variant; one that fails has an `error` instead of numbers."""
-    base = describe.base_model(model)
-    bare = make("bare", copy.deepcopy(base), "", rank, 0)
+    base = describe.base_model(c.model)
+    plain = {side: make(side, copy.deepcopy(base), "", c.rank, 0) for side in ("bare", "norms")}
     rows = []
     with Apart() as apart:
-        least = apart.peak("bare", model, "", rank)
+        least = apart.peak("bare", c.model, "", c.rank, c.batch)
         for k, spelling in enumerate(spellings, 1):
             print(f"{k}/{len(spellings)} {spelling}", file=sys.stderr, flush=True)
             row: dict[str, Any] = {"variant": spelling}
             if spelling in COUNTERPARTS:
                 row["counterpart"], row["note"] = COUNTERPARTS[spelling].label, COUNTERPARTS[spelling].note
             try:
-                row |= timed(base, bare, spelling, rank, rounds) | weighed(apart, model, spelling, rank, least)
+                row |= timed(base, plain, spelling, c) | weighed(apart, spelling, c, least)
             except Exception as e:  # whatever a variant raises: it is shown, and the others are measured
                 row["error"] = f"{type(e).__name__}: {' '.join(str(e).split())}"
                 print(f"  {row['error']}", file=sys.stderr)
@@ -87,11 +89,19 @@ def default_variants() -> list[str]:
     return [n for axis in registry.AXES for n in registry.names(axis)] + list(COMPOSITES)
 
 
+def batch(given: str) -> tuple[int, int]:
+    rows, tokens = map(int, given.split("x"))
+    if rows < 1 or tokens < 1:
+        raise ValueError
+    return rows, tokens
+
+
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="minilm", help="preset of configs/model with a text classification head")
     parser.add_argument("--variants", default="", help="spellings, comma-separated (default: all names and dora+pissa)")
     parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--batch", type=batch, default=(ROWS, TOKENS), help=f"rows x tokens (default: {ROWS}x{TOKENS})")
     parser.add_argument("--rounds", type=int, default=20, help=f"that count, after {WARMUP} that do not")
     parser.add_argument("--out", type=Path, default=Path("results/bench"))
     chosen = parser.parse_args(arguments)
@@ -108,14 +118,15 @@ def main(arguments: list[str]) -> int:
     for spelling in spellings:
         config_of(spelling, chosen.rank)
     load = os.getloadavg()[0]
-    rows = measure(chosen.model, spellings, chosen.rank, chosen.rounds)
+    rows = measure(spellings, chosen)
     settings = {"model": chosen.model, "rank": chosen.rank, "rounds": chosen.rounds, "warmup": WARMUP, "steps": STEPS,
-                "batch": [ROWS, TOKENS], "optimizer": ADAMW, "load_before": load}  # fmt: skip
+                "batch": chosen.batch, "optimizer": ADAMW, "load_before": load}  # fmt: skip
     command = " ".join(["python scripts/bench/overhead.py", *arguments])
     found = {"schema": 1, "command": command, "settings": settings, "environment": about(), "rows": rows}
-    files.write_whole(chosen.out / "overhead.json", (json.dumps(found, indent=1) + "\n").encode())
-    files.write_whole(chosen.out / "overhead.md", page(found).encode())
-    print(f"wrote {chosen.out / 'overhead.md'} and overhead.json")
+    name = "overhead" if chosen.model == "minilm" else f"overhead_{Path(chosen.model).name}"
+    files.write_whole(chosen.out / f"{name}.json", (json.dumps(found, indent=1) + "\n").encode())
+    files.write_whole(chosen.out / f"{name}.md", page(found).encode())
+    print(f"wrote {chosen.out / name}.md and {name}.json")
     return int(any("error" in r for r in rows))
 
 

@@ -40,7 +40,7 @@ def test_both_sides_train_as_many_numbers_in_the_same_layers(base, spelling):
 
 
 def test_a_step_trains_what_it_counts(base):
-    for side in ("bare", "ours", "theirs"):
+    for side in ("bare", "norms", "ours", "dense", "theirs"):
         model = copy.deepcopy(base)
         made = _measure.make(side, model, "lora", 4, 4)
         before = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -48,7 +48,25 @@ def test_a_step_trains_what_it_counts(base):
             made.step(batch)
         moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
         assert made.trainable > 0
-        assert (moved == set()) == (side == "ours"), "ours holds its numbers, head included, beside the model"
+        assert (moved == set()) == (side in ("ours", "dense")), "ours holds its numbers, head included, beside the model"
+
+
+@pytest.mark.parametrize("spelling", ["lora", "dora", "vera", "loha", "shira", "oft", "ia3"])
+def test_the_dense_form_is_ours(base, spelling):
+    """A step of each from one start ends at the same numbers."""
+    torch.manual_seed(0)
+    ends = []
+    for side in ("ours", "dense"):
+        model = copy.deepcopy(base)
+        _measure.make(side, model, spelling, 4, 4).step(_sides.batches(model)[0])
+        ends.append(logits(model))
+    assert torch.allclose(*ends, atol=1e-5) and not torch.allclose(ends[0], logits(base), atol=1e-5)
+    assert _measure.make("dense", copy.deepcopy(base), "molora", 4, 4) is None
+
+
+@torch.no_grad()
+def logits(model):
+    return model.eval()(**_sides.batches(model)[0]).logits
 
 
 def test_the_base_that_is_copied_stays_as_it_is(base):
@@ -86,15 +104,15 @@ def test_a_whole_run_and_a_variant_that_fails(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(_peft.COUNTERPARTS, "bitfit", _peft.Counterpart("a broken one", "", broken))
     arguments = ["--model", "tiny", "--variants", "lora,bitfit,head_only", "--rank", "4", "--rounds", "5"]
     assert overhead.main([*arguments, "--out", str(tmp_path)]) == 1
-    found = json.loads((tmp_path / "overhead.json").read_text())
+    found = json.loads((tmp_path / "overhead_tiny.json").read_text())
     lora, bitfit, head_only = found["rows"]
     assert bitfit["error"] == "ValueError: no such luck" and "time" not in bitfit
-    assert lora["time"].keys() == lora["memory"].keys() == {"bare", "theirs"}
-    assert head_only["time"].keys() == head_only["memory"].keys() == {"bare"}
+    assert lora["memory"].keys() == {"bare", "theirs"} and lora["time"].keys() == {"bare", "norms", "theirs", "dense"}
+    assert head_only["memory"].keys() == {"bare"} and head_only["time"].keys() == {"bare", "norms"}
     assert all(n > 0 for r in (lora, head_only) for n in r["peak_bytes"].values())
     assert {"commit", "packages", "cpu", "threads", "matrix_instructions"} <= found["environment"].keys()
-    assert well_formed((tmp_path / "overhead.md").read_text())
-    assert "- `bitfit`: ValueError: no such luck" in (tmp_path / "overhead.md").read_text()
+    assert well_formed((tmp_path / "overhead_tiny.md").read_text())
+    assert "- `bitfit`: ValueError: no such luck" in (tmp_path / "overhead_tiny.md").read_text()
 
 
 def well_formed(text):
