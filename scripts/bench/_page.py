@@ -45,8 +45,8 @@ def _how(found: dict[str, Any]) -> list[str]:
         "no adapter can do without. Dense: ours with each layer's whole weight formed in every pass, where it has one.",
         f"Time: bare, norms, ours, dense and the counterpart take turns in one process, {s['rounds']} rounds after "
         f"{s['warmup']} that do not count, each round in another order. A ratio is the median of the rounds' ratios, with "
-        "their 10th and 90th percentile; below 1, ours is faster. Start: attaching, data-driven starts included, once. What a method does in "
-        "few steps only (restarts, projectors) a median does not show.",
+        "their 10th and 90th percentile; below 1, ours is faster. Start: attaching, data-driven starts included, once. What "
+        "a method does in few steps only (restarts, projectors) a median does not show.",
         f"Memory: what a process of its own grows by beyond the loaded model (VmHWM) over the start and {s['steps']} steps. "
         f"Once a side: a repeat differs by up to {ALIKE:.0%}.",
         f"- processor: {e['cpu']}, {e['threads']} threads; load average before the run {s['load_before']:.2f}",
