@@ -84,16 +84,19 @@ def halves(a: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def _by_rows(w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor, axis: int, weights: Tensor | None) -> Tensor:
     b = b * scale if isinstance(scale, Tensor) or scale != 1 else b
-    found = a.new_zeros(w.shape[1 - axis])
-    root = None if weights is None else weights.sqrt()
-    weights = a.new_ones(w.shape[0]) if weights is None else weights  # the same operations: q = 1 changes no bit
-    size = max(1, min(w.shape[0], CACHED // max(1, w.shape[1])))
-    buffer = a.new_empty(size, w.shape[1])
+    size = max(1, CACHED // max(1, w.shape[1]))
+    if size >= w.shape[0]:
+        return _of(torch.addmm(w.to(a.dtype), b, a), axis, weights)
+    buffer, parts = a.new_empty(size, w.shape[1]), []
     for start in range(0, w.shape[0], size):
         rows = slice(start, start + size)
         v = torch.addmm(w[rows].to(a.dtype), b[rows], a, out=buffer[: min(size, w.shape[0] - start)])
-        if axis:
-            torch.linalg.vector_norm(v if root is None else v.mul_(root), dim=1, out=found[rows])
-        else:
-            found.addmv_(v.square_().T, weights[rows])
-    return found.square_() if axis else found
+        parts.append(_of(v, axis, weights if axis or weights is None else weights[rows]))
+    return torch.cat(parts) if axis else torch.stack(parts).sum(0)
+
+
+def _of(v: Tensor, axis: int, weights: Tensor | None) -> Tensor:
+    """The weighted squared norms of the rows or columns of v, which is overwritten. A weight of 1 changes no bit."""
+    if axis:
+        return torch.linalg.vector_norm(v if weights is None else v.mul_(weights.sqrt()), dim=1).square_()
+    return torch.mv(v.square_().T, v.new_ones(len(v)) if weights is None else weights)

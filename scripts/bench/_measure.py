@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import random
 import time
 import warnings
 from collections.abc import Callable
@@ -41,15 +42,15 @@ def make(side: str, model: Any, spelling: str, rank: int, total: int) -> Side | 
 
 
 def alternate(steps: dict[str, Callable[[Batch], None]], data: list[Batch], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each step in each round, A B C, B C A, C A B …: what disturbs the machine disturbs all alike."""
-    order = list(steps)
-    seconds: dict[str, list[float]] = {name: [] for name in order}
+    """Seconds of each step in each round, each round in another order: what disturbs the machine disturbs all alike, and
+    none always finds the caches as one and the same other left them."""
+    order = random.Random(0)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
     gc.collect()
     gc.disable()
     try:
         for r in range(WARMUP + rounds):
-            k = r % len(order)
-            for name in order[k:] + order[:k]:
+            for name in order.sample([*steps], len(steps)):
                 began = time.perf_counter()
                 steps[name](data[r % len(data)])
                 seconds[name].append(time.perf_counter() - began)
