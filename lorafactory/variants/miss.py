@@ -37,7 +37,8 @@ class Shared(Elastic, Additive):
 
     def thin(self, x):
         # the shards of x, side by side and padded with zeros, added up: A x without a product
-        shards = F.pad(self.drop(x), (0, -self.d_in % len(self.D))).unflatten(-1, (-1, len(self.D))).sum(-2)
+        x, missing = self.drop(x), -self.d_in % len(self.D)
+        shards = (F.pad(x, (0, missing)) if missing else x).unflatten(-1, (-1, len(self.D))).sum(-2)
         return shards.to(self.D.dtype), self.D.T.repeat(self.d_out // self.columns, 1)
 
 
