@@ -9,6 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from lorafactory import attach
 from lorafactory.errors import UserError
 
+CHANGES = {"drop_base": ([True], {"dropout": 0.5})}
 OVER = ("dora", "dora+pissa", "vera+dora", "loha+dora", "lotr+dora", "shira+dora", "full+dora")
 
 
