@@ -57,6 +57,7 @@ bench-gpu: setup ## DoRA's kernels on a GPU, beside their limits and PEFT: resul
 
 bench-cpu: setup ## step time and memory of every variant beside PEFT, and DoRA's norm: results/bench/*.md (an hour)
 	@$(PY) scripts/bench/norms.py --out results/bench
+	@$(PY) scripts/bench/sampled.py --out results/bench
 	@$(PY) scripts/bench/overhead.py --out results/bench
 	@$(PY) scripts/bench/overhead.py --model smollm2 --variants $(LARGER) --batch 4x48 --rounds 10 --out results/bench
 

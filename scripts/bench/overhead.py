@@ -4,7 +4,8 @@
                                      [--out results/bench]
 
 Writes overhead.md and overhead.json; of another model than MiniLM, overhead_<model>.md and .json. Exit status: 0; 1 if a
-variant failed (it is in the table); 2 for a wrong call."""
+variant failed (it is in the table); 2 for a wrong call. Stop it at will: every row is written as it is measured, and a
+call with the same settings, code and machine goes on from there."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ import json
 import os
 import statistics
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from lorafactory.environment import environment
 from lorafactory.errors import UserError
 
 COMPOSITES = ("dora+pissa",)
+LONG = 60  # seconds: a start that searches is not made once more for the dense form
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -44,8 +47,13 @@ def ratios(a: list[float], b: list[float]) -> dict[str, float]:
 def timed(base: Any, plain: dict[str, Side], spelling: str, c: argparse.Namespace) -> dict[str, Any]:
     """One variant's sides in turn with the plain ones."""
     wanted = ["ours", "dense", *(["theirs"] if spelling in COUNTERPARTS else [])]
-    made = {name: started(name, base, spelling, c.rank, c.rounds) for name in wanted}
-    sides = {name: (side, s) for name, (side, s) in made.items() if side is not None}
+    sides: dict[str, tuple[Side, float]] = {}
+    for name in wanted:
+        if name == "dense" and sides["ours"][1] > LONG:
+            continue
+        side, seconds_ = started(name, base, spelling, c.rank, c.rounds)
+        if side is not None:
+            sides[name] = side, seconds_
     steps = {name: side.step for name, side in plain.items()} | {name: side.step for name, (side, _) in sides.items()}
     seconds = alternate(steps, batches(base, c.batch), c.rounds)
     return {
@@ -63,15 +71,15 @@ def weighed(apart: Apart, spelling: str, c: argparse.Namespace, bare: int) -> di
     return {"peak_bytes": peaks, "memory": {k: peaks["ours"] / v for k, v in peaks.items() if k != "ours"}}
 
 
-def measure(spellings: list[str], c: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row a variant; one that fails has an `error` instead of numbers."""
+def measure(spellings: list[str], c: argparse.Namespace, rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """One row a variant, after those that there are; one that fails has an `error` instead of numbers."""
     base = describe.base_model(c.model)
     plain = {side: make(side, copy.deepcopy(base), "", c.rank, 0) for side in ("bare", "norms")}
-    rows = []
+    left = [s for s in spellings if s not in {r["variant"] for r in rows}]
     with Apart() as apart:
-        least = apart.peak("bare", c.model, "", c.rank, c.batch)
-        for k, spelling in enumerate(spellings, 1):
-            print(f"{k}/{len(spellings)} {spelling}", file=sys.stderr, flush=True)
+        least = apart.peak("bare", c.model, "", c.rank, c.batch) if left else 0
+        for k, spelling in enumerate(left, 1 + len(rows)):
+            print(f"{k}/{len(rows) + len(left)} {spelling}", file=sys.stderr, flush=True)
             row: dict[str, Any] = {"variant": spelling}
             if spelling in COUNTERPARTS:
                 row["counterpart"], row["note"] = COUNTERPARTS[spelling].label, COUNTERPARTS[spelling].note
@@ -80,8 +88,18 @@ def measure(spellings: list[str], c: argparse.Namespace) -> list[dict[str, Any]]
             except Exception as e:  # whatever a variant raises: it is shown, and the others are measured
                 row["error"] = f"{type(e).__name__}: {' '.join(str(e).split())}"
                 print(f"  {row['error']}", file=sys.stderr)
-            rows.append(row)
-    return rows
+            rows = [*rows, row]
+            yield rows
+
+
+def earlier(file: Path, settings: dict[str, Any], environment: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows that a stopped call left, if it was this one's: same settings, code and machine."""
+    if not file.exists():
+        return []
+    found = json.loads(file.read_text())
+    ran = found["environment"]
+    same = all(found["settings"].get(k) == v for k, v in settings.items() if k != "load_before")
+    return found["rows"] if same and ran == environment | {"commit": ran["commit"], "dirty": ran["dirty"]} else []
 
 
 def default_variants() -> list[str]:
@@ -117,17 +135,17 @@ def main(arguments: list[str]) -> int:
     spellings = [s for s in chosen.variants.split(",") if s] or default_variants()
     for spelling in spellings:
         config_of(spelling, chosen.rank)
-    load = os.getloadavg()[0]
-    rows = measure(spellings, chosen)
     settings = {"model": chosen.model, "rank": chosen.rank, "rounds": chosen.rounds, "warmup": WARMUP, "steps": STEPS,
-                "batch": chosen.batch, "optimizer": ADAMW, "load_before": load}  # fmt: skip
-    command = " ".join(["python scripts/bench/overhead.py", *arguments])
-    found = {"schema": 1, "command": command, "settings": settings, "environment": about(), "rows": rows}
+                "batch": list(chosen.batch), "optimizer": ADAMW, "load_before": os.getloadavg()[0]}  # fmt: skip
     name = "overhead" if chosen.model == "minilm" else f"overhead_{Path(chosen.model).name}"
-    files.write_whole(chosen.out / f"{name}.json", (json.dumps(found, indent=1) + "\n").encode())
-    files.write_whole(chosen.out / f"{name}.md", page(found).encode())
+    found = {"schema": 1, "command": " ".join(["python scripts/bench/overhead.py", *arguments]), "settings": settings,
+             "environment": about()}  # fmt: skip
+    before = earlier(chosen.out / f"{name}.json", settings, found["environment"])
+    for rows in measure(spellings, chosen, before):
+        files.write_whole(chosen.out / f"{name}.json", (json.dumps({**found, "rows": rows}, indent=1) + "\n").encode())
+        files.write_whole(chosen.out / f"{name}.md", page({**found, "rows": rows}).encode())
     print(f"wrote {chosen.out / name}.md and {name}.json")
-    return int(any("error" in r for r in rows))
+    return int(any("error" in r for r in json.loads((chosen.out / f"{name}.json").read_text())["rows"]))
 
 
 def about() -> dict[str, Any]:

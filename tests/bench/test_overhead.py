@@ -114,6 +114,14 @@ def test_a_whole_run_and_a_variant_that_fails(tmp_path, monkeypatch, capsys):
     assert {"commit", "packages", "cpu", "threads", "matrix_instructions"} <= found["environment"].keys()
     assert well_formed((tmp_path / "overhead_tiny.md").read_text())
     assert "- `bitfit`: ValueError: no such luck" in (tmp_path / "overhead_tiny.md").read_text()
+    capsys.readouterr()
+    arguments[3] += ",rslora"
+    assert overhead.main([*arguments, "--out", str(tmp_path)]) == 1, "a row of before failed"
+    assert "4/4 rslora" in (told := capsys.readouterr().err) and "lora\n" not in told.replace("rslora\n", "")
+    assert json.loads((tmp_path / "overhead_tiny.json").read_text())["rows"][:3] == found["rows"], "it goes on"
+    arguments[5] = "3"
+    overhead.main([*arguments, "--out", str(tmp_path)])
+    assert "1/4 lora" in capsys.readouterr().err, "other settings are another measurement"
 
 
 def well_formed(text):
