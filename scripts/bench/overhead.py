@@ -78,8 +78,9 @@ def measure(spellings: list[str], c: argparse.Namespace, rows: list[dict[str, An
     left = [s for s in spellings if s not in {r["variant"] for r in rows}]
     with Apart() as apart:
         least = apart.peak("bare", c.model, "", c.rank, c.batch) if left else 0
-        for k, spelling in enumerate(left, 1 + len(rows)):
-            print(f"{k}/{len(rows) + len(left)} {spelling}", file=sys.stderr, flush=True)
+        all_rows = len(rows) + len(left)
+        for spelling in left:
+            print(f"{len(rows) + 1}/{all_rows} {spelling}", file=sys.stderr, flush=True)
             row: dict[str, Any] = {"variant": spelling}
             if spelling in COUNTERPARTS:
                 row["counterpart"], row["note"] = COUNTERPARTS[spelling].label, COUNTERPARTS[spelling].note
