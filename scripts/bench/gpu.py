@@ -23,7 +23,7 @@ from typing import Any
 import _norms
 import torch
 import torch.nn as nn
-from _main import call
+from _main import call, said
 
 from lorafactory import attach, files, kernels
 from lorafactory.environment import environment
@@ -307,7 +307,7 @@ def main(arguments: list[str]) -> int:
         label = "official"
     rows = micro(ranks) if chosen.what == "micro" else stacked(chosen.what, ranks, label)
     about = environment(DEVICE)
-    made = {"schema": 1, "command": " ".join(["python scripts/bench/gpu.py", *arguments]), "environment": about, "rows": rows}
+    made = {"schema": 1, "command": said("gpu", arguments), "environment": about, "rows": rows}
     path = chosen.out / f"gpu_{chosen.what}{'_official' * bool(label)}.json"
     files.write_whole(path, (json.dumps(made, indent=1) + "\n").encode())
     print(f"\n{chosen.what} on {torch.cuda.get_device_name() if CUDA else 'a CPU, small: no result'}; wrote {path}\n")

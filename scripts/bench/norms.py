@@ -18,7 +18,7 @@ from typing import Any
 
 import _norms
 import torch
-from _main import call
+from _main import call, said
 from overhead import about
 
 from lorafactory import files, kernels
@@ -85,7 +85,7 @@ def main(arguments: list[str]) -> int:
     sizes, ranks = ([int(n) for n in text.split(",")] for text in (chosen.sizes, chosen.ranks))
     load = os.getloadavg()[0]
     rows = [row(d, r, t, chosen.rounds) for t in (torch.float32, torch.bfloat16) for d in sizes for r in ranks if r <= d]
-    command = " ".join(["python scripts/bench/norms.py", *arguments])
+    command = said("norms", arguments)
     found = {"schema": 1, "command": command, "environment": about(), "load": load, "threads": torch.get_num_threads(),
              "rounds": chosen.rounds, "rows": rows}  # fmt: skip
     files.write_whole(chosen.out / "norms.json", (json.dumps(found, indent=1) + "\n").encode())

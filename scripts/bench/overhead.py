@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from _main import call
+from _main import call, said
 from _measure import STEPS, WARMUP, Apart, alternate, hush, make, started
 from _page import page
 from _peft import COUNTERPARTS
@@ -139,7 +139,7 @@ def main(arguments: list[str]) -> int:
     settings = {"model": chosen.model, "rank": chosen.rank, "rounds": chosen.rounds, "warmup": WARMUP, "steps": STEPS,
                 "batch": list(chosen.batch), "optimizer": ADAMW, "load_before": os.getloadavg()[0]}  # fmt: skip
     name = "overhead" if chosen.model == "minilm" else f"overhead_{Path(chosen.model).name}"
-    found = {"schema": 1, "command": " ".join(["python scripts/bench/overhead.py", *arguments]), "settings": settings,
+    found = {"schema": 1, "command": said("overhead", arguments), "settings": settings,
              "environment": about()}  # fmt: skip
     before = earlier(chosen.out / f"{name}.json", settings, found["environment"])
     for rows in measure(spellings, chosen, before):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _main import call
+from _main import call, said
 from overhead import about
 
 from lorafactory import files, kernels
@@ -79,7 +79,7 @@ def main(arguments: list[str]) -> int:
     torch.manual_seed(0)
     sizes, shares = [int(n) for n in chosen.sizes.split(",")], [float(s) for s in chosen.shares.split(",")]
     rows = [row(d, s, chosen.rounds) for d in sizes for s in shares]
-    command = " ".join(["python scripts/bench/sampled.py", *arguments])
+    command = said("sampled", arguments)
     found = {"schema": 1, "command": command, "environment": about(), "load": load, "threads": torch.get_num_threads(),
              "rounds": chosen.rounds, "rows": rows}  # fmt: skip
     files.write_whole(chosen.out / "sampled.json", (json.dumps(found, indent=1) + "\n").encode())

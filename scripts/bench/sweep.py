@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from _main import call
+from _main import call, said
 
 from lorafactory import files
 from lorafactory.environment import environment
@@ -106,7 +106,7 @@ def main(arguments: list[str]) -> int:
         raise UserError(f"--runs {chosen.runs} --steps {chosen.steps}: a sweep is 2 runs or more of at least a step")
     settings = {"runs": chosen.runs, "steps": chosen.steps, "load_before": os.getloadavg()[0]}
     sides = measure(chosen.runs, chosen.steps)
-    command = " ".join(["python scripts/bench/sweep.py", *arguments])
+    command = said("sweep", arguments)
     found = {"schema": 1, "command": command, "settings": settings, "environment": environment(), "sides": sides}
     files.write_whole(chosen.out / "sweep.json", (json.dumps(found, indent=1) + "\n").encode())
     files.write_whole(chosen.out / "sweep.md", page(found).encode())
