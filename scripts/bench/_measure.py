@@ -13,7 +13,7 @@ from multiprocessing import get_context
 from typing import Any
 
 import torch
-from _sides import Batch, Side, bare, batches, config_of, dense, layers, norms, ours
+from _sides import Side, bare, batches, config_of, dense, layers, norms, ours
 
 from lorafactory import describe, registry
 from lorafactory.memory import Peak
@@ -41,7 +41,7 @@ def make(side: str, model: Any, spelling: str, rank: int, total: int) -> Side | 
     return theirs(model, spelling, config, layers(model, config), total)
 
 
-def alternate(steps: dict[str, Callable[[Batch], None]], data: list[Batch], rounds: int) -> dict[str, list[float]]:
+def alternate(steps: dict[str, Callable[[Any], Any]], data: list[Any], rounds: int) -> dict[str, list[float]]:
     """Seconds of each step in each round, each round in another order: what disturbs the machine disturbs all alike, and
     none always finds the caches as one and the same other left them."""
     order = random.Random(0)

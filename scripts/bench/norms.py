@@ -1,4 +1,4 @@
-"""The norms of W + B A's rows on a processor: ours, PEFT's way and the dense product, taken in turn.
+"""The norms of W + B A's rows on a processor: ours, PEFT's way and the dense product, in random order.
 
     python scripts/bench/norms.py [--sizes 768,2048,4096] [--ranks 8,64,384] [--rounds 7] [--out results/bench]
 
@@ -7,21 +7,19 @@ Writes norms.md and norms.json. Exit status: 0; 2 for a wrong call."""
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import random
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import _norms
 import torch
-from _main import call, said
+from _main import call, machine, said, write
+from _measure import alternate
 from overhead import about
 
-from lorafactory import files, kernels
+from lorafactory import kernels
 from lorafactory.errors import UserError
 
 
@@ -43,26 +41,18 @@ def row(d: int, rank: int, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
     a, b = torch.randn(rank, d) * d**-0.5, torch.randn(d, rank) * 0.02
     exact = (w.double() + b.double() @ a.double()).norm(dim=1)
     errors = {n: float(((f(w, a, b).double() - exact) / exact).abs().max()) for n, f in FORMS.items()}
-    found: dict[str, list[float]] = {n: [] for n in FORMS}
-    order = random.Random(0)
-    for _ in range(rounds):
-        for name in order.sample([*FORMS], 3):  # not in turn: each would find the cache as one and the same left it
-            began = time.perf_counter()
-            FORMS[name](w, a, b)
-            found[name].append(time.perf_counter() - began)
+    found = alternate({n: lambda x, f=f: f(*x) for n, f in FORMS.items()}, [(w, a, b)], rounds)
     ratios = {n: statistics.median(o / t for o, t in zip(found["ours"], found[n], strict=True)) for n in ("dense", "PEFT")}
     return {"d": d, "rank": rank, "dtype": str(dtype).removeprefix("torch."), "error": errors,
             "seconds": {n: statistics.median(s) for n, s in found.items()}, "ratio": ratios}  # fmt: skip
 
 
 def page(found: dict[str, Any]) -> str:
-    e = found["environment"]
     lines = ["# The norms of the rows of W + B A", "",
              f"Written by `{found['command']}`. W [d, d] in the dtype named, B and A in float32. Medians of {found['rounds']} "
              "rounds, each in another order; a ratio is the median of the rounds' ratios, below 1 where ours is faster. "
              "Error: the largest of a row, relative, against float64.", "",
-             f"- processor: {e['cpu']}, {found['threads']} thread(s); load average before {found['load']:.2f}",
-             f"- matrix instructions: {' '.join(e['matrix_instructions']) or 'none'}", f"- torch {torch.__version__}", "",
+             *machine(found), "",
              "| W | d | rank | ours, ms | dense, ms | PEFT, ms | / dense | / PEFT | error, ours | dense | PEFT |",
              "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
     for r in found["rows"]:
@@ -88,8 +78,7 @@ def main(arguments: list[str]) -> int:
     command = said("norms", arguments)
     found = {"schema": 1, "command": command, "environment": about(), "load": load, "threads": torch.get_num_threads(),
              "rounds": chosen.rounds, "rows": rows}  # fmt: skip
-    files.write_whole(chosen.out / "norms.json", (json.dumps(found, indent=1) + "\n").encode())
-    files.write_whole(chosen.out / "norms.md", page(found).encode())
+    write(chosen.out, "norms", found, page(found))
     print(page(found))
     return 0
 

@@ -19,13 +19,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from _main import call, said
+from _main import call, said, write
 from _measure import STEPS, WARMUP, Apart, alternate, hush, make, started
 from _page import page
 from _peft import COUNTERPARTS
 from _sides import ADAMW, ROWS, TOKENS, Side, batches, config_of, layers
 
-from lorafactory import describe, files, registry
+from lorafactory import describe, registry
 from lorafactory.environment import environment
 from lorafactory.errors import UserError
 
@@ -141,12 +141,11 @@ def main(arguments: list[str]) -> int:
     name = "overhead" if chosen.model == "minilm" else f"overhead_{Path(chosen.model).name}"
     found = {"schema": 1, "command": said("overhead", arguments), "settings": settings,
              "environment": about()}  # fmt: skip
-    before = earlier(chosen.out / f"{name}.json", settings, found["environment"])
+    rows = before = earlier(chosen.out / f"{name}.json", settings, found["environment"])
     for rows in measure(spellings, chosen, before):
-        files.write_whole(chosen.out / f"{name}.json", (json.dumps({**found, "rows": rows}, indent=1) + "\n").encode())
-        files.write_whole(chosen.out / f"{name}.md", page({**found, "rows": rows}).encode())
+        write(chosen.out, name, {**found, "rows": rows}, page({**found, "rows": rows}))
     print(f"wrote {chosen.out / name}.md and {name}.json")
-    return int(any("error" in r for r in json.loads((chosen.out / f"{name}.json").read_text())["rows"]))
+    return int(any("error" in r for r in rows))
 
 
 def about() -> dict[str, Any]:

@@ -7,19 +7,17 @@ Writes sampled.md and sampled.json. Exit status: 0; 2 for a wrong call."""
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import random
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from _main import call, said
+from _main import call, machine, said, write
+from _measure import alternate
 from overhead import about
 
-from lorafactory import files, kernels
+from lorafactory import kernels
 from lorafactory.errors import UserError
 
 POSITIONS = 768  # 16 rows of 48 tokens
@@ -37,26 +35,18 @@ def row(d: int, share: float, rounds: int) -> dict[str, Any]:
     given = torch.randn(POSITIONS, d), torch.randn(POSITIONS, d), flat // d, flat % d
     exact = dense(given[0].double(), given[1].double(), *given[2:])
     errors = {n: float((f(*given).double() - exact).norm() / exact.norm()) for n, f in FORMS.items()}
-    found: dict[str, list[float]] = {n: [] for n in FORMS}
-    order = random.Random(0)
-    for _ in range(rounds):
-        for name in order.sample([*FORMS], len(FORMS)):
-            began = time.perf_counter()
-            FORMS[name](*given)
-            found[name].append(time.perf_counter() - began)
+    found = alternate({n: lambda x, f=f: f(*x) for n, f in FORMS.items()}, [given], rounds)
     ratio = statistics.median(o / t for o, t in zip(found["ours"], found["dense"], strict=True))
     return {"d": d, "share": share, "error": errors, "seconds": {n: statistics.median(s) for n, s in found.items()},
             "ratio": ratio}  # fmt: skip
 
 
 def page(found: dict[str, Any]) -> str:
-    e = found["environment"]
     lines = ["# The gradient of a sparse weight at its places", "",
              f"Written by `{found['command']}`. A share of the entries of g^T x [d, d], g and x [{POSITIONS}, d], float32. "
              f"Medians of {found['rounds']} rounds, each in another order; a ratio is the median of the rounds' ratios, below 1 "
              "where ours is faster. Error: by norm, against float64.", "",
-             f"- processor: {e['cpu']}, {found['threads']} thread(s); load average before {found['load']:.2f}",
-             f"- matrix instructions: {' '.join(e['matrix_instructions']) or 'none'}", f"- torch {torch.__version__}", "",
+             *machine(found), "",
              "| d | share | ours, ms | dense, ms | / dense | error, ours | dense |",
              "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
     for r in found["rows"]:
@@ -82,8 +72,7 @@ def main(arguments: list[str]) -> int:
     command = said("sampled", arguments)
     found = {"schema": 1, "command": command, "environment": about(), "load": load, "threads": torch.get_num_threads(),
              "rounds": chosen.rounds, "rows": rows}  # fmt: skip
-    files.write_whole(chosen.out / "sampled.json", (json.dumps(found, indent=1) + "\n").encode())
-    files.write_whole(chosen.out / "sampled.md", page(found).encode())
+    write(chosen.out, "sampled", found, page(found))
     print(page(found))
     return 0
 

@@ -16,9 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from _main import call, said
+from _main import call, said, write
 
-from lorafactory import files
 from lorafactory.environment import environment
 from lorafactory.errors import UserError
 from lorafactory.sources import locate
@@ -108,8 +107,7 @@ def main(arguments: list[str]) -> int:
     sides = measure(chosen.runs, chosen.steps)
     command = said("sweep", arguments)
     found = {"schema": 1, "command": command, "settings": settings, "environment": environment(), "sides": sides}
-    files.write_whole(chosen.out / "sweep.json", (json.dumps(found, indent=1) + "\n").encode())
-    files.write_whole(chosen.out / "sweep.md", page(found).encode())
+    write(chosen.out, "sweep", found, page(found))
     print(f"wrote {chosen.out / 'sweep.md'} and sweep.json")
     return 0
 
