@@ -130,7 +130,7 @@ def cayley(s: Tensor, terms: int | None = None) -> Tensor:
     while S is small."""
     eye = torch.eye(s.shape[-1], dtype=s.dtype, device=s.device)
     if terms is None:
-        return torch.linalg.solve(eye - s, eye + s)  # the two commute
+        return 2 * torch.linalg.inv(eye - s) - eye  # the same, and its gradient needs no further solve
     total, power = eye + 2 * s, s
     for _ in range(terms - 3):
         power = power @ s

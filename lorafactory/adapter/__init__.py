@@ -2,7 +2,7 @@
 
 from .adapter import Adapter
 from .continual import Continual, Memory, used
-from .delta import Additive, Copy, Delta, exact, kronecker, linear, numbers
+from .delta import Additive, Copy, Delta, alike, exact, flat, kronecker, linear, numbers
 from .elastic import Elastic
 from .low_rank import LowRank
 from .part import Decomposition, Init, Part, Posterior, Stage, Step, Structure
@@ -38,7 +38,9 @@ __all__ = [
     "Structure",
     "Turned",
     "Wrapper",
+    "alike",
     "exact",
+    "flat",
     "kronecker",
     "length",
     "linear",

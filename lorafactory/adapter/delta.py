@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from ..kernels import compose
+from ..kernels import compose, transposed
 from .site import Base
 
 
@@ -32,7 +32,7 @@ def linear(x: Tensor, *weights: Tensor) -> Tensor:
     if x.dtype != weights[0].dtype and not torch.is_autocast_enabled(x.device.type):
         x = x.to(weights[0].dtype)
     for w in weights:
-        x = F.linear(x, w)
+        x = x @ transposed(w)
     return x
 
 
@@ -64,6 +64,16 @@ def numbers(*modules: nn.Module) -> list[Tensor]:
             found += (t for t in own if isinstance(t, Tensor))
             left += (m for m in (*module._modules.values(), *module.__dict__.values()) if isinstance(m, nn.Module))
     return found
+
+
+def alike(x: Tensor, *weights: Tensor) -> bool:
+    """Whether one product with a sum of the weights does: all have x's dtype, so that the sum loses nothing of the smaller."""
+    return all(w.dtype == x.dtype for w in weights) and not torch.is_autocast_enabled(x.device.type)
+
+
+def flat(x: Tensor) -> Tensor:
+    """[..., d] as [positions, d], where that is no copy: what multiplies it is then no view, and cheap to write over."""
+    return x.flatten(0, -2) if x.dim() > 2 and x.is_contiguous() else x
 
 
 class Delta(nn.Module):
@@ -157,8 +167,11 @@ class Additive(Delta):
         return linear(*self.thin(x))  # type: ignore[misc]
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
-        thin = self.thin(x)
-        return super().forward(x, base) if thin is None else compose(base(x), *thin)
+        rows = flat(x)
+        thin = self.thin(rows)
+        if thin is None:
+            return super().forward(x, base)
+        return compose(base(rows), *thin, fresh=True).view(*x.shape[:-1], len(thin[1]))
 
 
 class Copy(Delta):

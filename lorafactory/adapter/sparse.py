@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import sampled
-from .delta import Delta, linear, lost
+from .delta import Delta, alike, linear, lost
 from .elastic import Elastic
 from .site import Base, Site
 
@@ -89,9 +89,7 @@ class Sparse(Elastic, Delta):
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         w = base.weight
-        if x.dtype != w.dtype or w.dtype != self.values.dtype or torch.is_autocast_enabled(x.device.type):
-            return super().forward(x, base)  # W0 + values in a narrow dtype would lose the values
-        return self.product(x, w, base.bias)
+        return self.product(x, w, base.bias) if alike(x, w, self.values) else super().forward(x, base)
 
     # merging
 

@@ -8,13 +8,14 @@ from typing import Any, ClassVar, Dict  # noqa: UP035  as in registry
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import UserError
 from ..registry import StructureConfig
 from ..targets import per_site
-from .delta import Delta, linear
+from .delta import Delta, alike, linear
 from .elastic import Elastic
 from .part import Structure
 from .peft import common, exactly
@@ -130,8 +131,18 @@ class SpectralDelta(Elastic, Delta):
     def weight(self, base: Base) -> Tensor:
         return base.weight + self.dense(self.c)
 
+    @property
+    def many(self) -> bool:
+        """Entries, so that the update is sooner formed than applied."""
+        return WORTH * len(self.c) >= self.d_in * self.d_out
+
+    def forward(self, x: Tensor, base: Base) -> Tensor:
+        if self.many and alike(x, self.c) and alike(x, base.weight):  # a 4-bit weight is not decoded in vain
+            return F.linear(x, self.weight(base), base.bias)
+        return super().forward(x, base)
+
     def update(self, x: Tensor, base: Base, y: Tensor) -> Tensor:
-        if WORTH * len(self.c) >= self.d_in * self.d_out:
+        if self.many:
             return linear(x, self.dense(self.c))
         # backward keeps x alone, not n numbers a position
         return checkpoint(self.sparse, x.to(self.c.dtype), self.c, use_reentrant=False, preserve_rng_state=False)

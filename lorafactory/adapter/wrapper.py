@@ -10,7 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..kernels import Once, compose, sqnorm, squares
-from .delta import Delta, exact, numbers
+from .delta import Delta, exact, flat, numbers
 from .site import Base
 
 
@@ -44,11 +44,12 @@ class Wrapper(Delta):
         with torch.no_grad():
             return self.once(compute, lambda: numbers(self, *modules), self.training)
 
-    def rescaled(self, x: Tensor, base: Base, y: Tensor, g: Tensor) -> Tensor:
-        """g * (V x) + bias from y = base(x), rounded to y's dtype once; g [d_out]."""
-        b = self.bias(base)
-        if self.shift(base) is None and (thin := self.inner.thin(x)) is not None:
-            return compose(y, *thin, gain=g, bias=b)
+    def rescaled(self, x: Tensor, base: Base, g: Tensor) -> Tensor:
+        """g * (V x) + bias, rounded to the base's dtype once; g [d_out]."""
+        b, rows = self.bias(base), flat(x)
+        if self.shift(base) is None and (thin := self.inner.thin(rows)) is not None:
+            return compose(base(rows), *thin, gain=g, bias=b).view(*x.shape[:-1], len(g))
+        y = base(x)
         v = y.to(g.dtype) + self.inner.update(x, base, y)
         return (g * v if b is None else torch.addcmul(b - g * b, g, v)).to(y.dtype)
 

@@ -2,9 +2,10 @@
 
 from .choice import CHOICES, choose, forget, used
 from .compose import compose, rescale
+from .narrow import transposed
 from .norms import sqnorm, squares
 from .once import Once, changed, held, leave, still, watch
 from .sampled import sampled
 
 __all__ = ["CHOICES", "Once", "changed", "choose", "compose", "forget", "held", "leave", "rescale", "sampled", "sqnorm",
-           "squares", "still", "used", "watch"]  # fmt: skip
+           "squares", "still", "transposed", "used", "watch"]  # fmt: skip

@@ -11,17 +11,19 @@ from torch.autograd.function import once_differentiable
 
 from . import eager
 from .choice import pick
+from .narrow import crossed, transposed
 
 WORTH = 1 << 20  # entries of y, from which a pass over memory outweighs a launch
 
 
 def compose(y: Tensor, h: Tensor, b: Tensor, gain: Tensor | None = None, bias: Tensor | None = None,
-            whole: bool = True) -> Tensor:  # fmt: skip
+            whole: bool = True, fresh: bool = False) -> Tensor:  # fmt: skip
     """y + h B^T; with a gain g, g * (y + h B^T) + (1 - g) * bias, or where not `whole`, y + g * (h B^T). In y's dtype.
 
     y [..., d_out], any float dtype, bias included; h [..., r]; b [d_out, r] and gain [d_out], float32 or wider; bias
-    [d_out], constant. Differentiable, with a gain once, in y, h, b and gain. No digits cancel near g = 1: the sum is
-    rounded to y's dtype at its end, and with g = 1 and B = 0 it is y.
+    [d_out], constant. fresh: y is of use to nobody else, no backward pass either, and may be written over. Differentiable,
+    with a gain once, in y, h, b and gain. No digits cancel near g = 1: the sum is rounded to y's dtype at its end, and with
+    g = 1 and B = 0 it is y.
 
     Kept for the backward pass: h, and where g trains what it multiplies, in y's dtype. With `whole` the result would do
     (dg = sum_i dz_i (z_i - bias) / g), but a next layer that works in place, as nn.ReLU(inplace=True), overwrites it."""
@@ -30,9 +32,9 @@ def compose(y: Tensor, h: Tensor, b: Tensor, gain: Tensor | None = None, bias: T
     if kind == "reference":
         return _definition(y, h, b, gain, bias, whole)
     if gain is None:
-        return eager.add(y, h, b)
+        return eager.add(y, h, b, fresh)
     if kind == "eager" and not whole:
-        return eager.add_scaled(y, h, b, gain)
+        return eager.add_scaled(y, h, b, gain, fresh)
     return _Compose.apply(*eager.rows(y, h), b, gain, bias, whole, kind).view(y.shape)
 
 
@@ -88,9 +90,9 @@ class _Compose(torch.autograd.Function):
                 dy = dz
             narrow = dz.to(h.dtype)
             if of_h:
-                dh = narrow @ (g[:, None] * b).to(h.dtype)
+                dh = narrow @ transposed((g[:, None] * b).to(h.dtype)).T
             if of_b or (of_g and not ctx.whole):
-                q = (narrow.T @ h).to(g.dtype)
+                q = crossed(narrow, h).to(g.dtype)
                 db = g[:, None] * q if of_b else None
                 dg = (b * q).sum(1) if of_g and not ctx.whole else dg
         return dy, dh, db, dg, None, None, None

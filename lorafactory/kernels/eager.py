@@ -5,24 +5,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .narrow import transposed
+
 
 def rows(*tensors: Tensor) -> list[Tensor]:
-    """[..., d] as [positions, d], d 0 or more."""
-    return [t.reshape(t.shape[:-1].numel(), t.shape[-1]) for t in tensors]
+    """[..., d] as [positions, d], d 0 or more; what is, as it is: to write into a view costs its gradient two copies."""
+    return [t if t.dim() == 2 else t.reshape(t.shape[:-1].numel(), t.shape[-1]) for t in tensors]
 
 
-def add(y: Tensor, h: Tensor, b: Tensor) -> Tensor:
+def add(y: Tensor, h: Tensor, b: Tensor, fresh: bool) -> Tensor:
     """y + h B^T."""
-    if torch.is_autocast_enabled(y.device.type) or y.dtype == h.dtype == b.dtype:
+    autocast = torch.is_autocast_enabled(y.device.type)
+    if autocast or y.dtype == h.dtype == b.dtype:
         flat, thin = rows(y, h)
-        return torch.addmm(flat, thin, b.T).view(y.shape).to(y.dtype)
-    return (y + h @ b.to(h.dtype).T).to(y.dtype)
+        sum_ = flat.addmm_ if fresh and not autocast else flat.addmm
+        return sum_(thin, transposed(b)).view(y.shape).to(y.dtype)
+    return (y + h @ transposed(b.to(h.dtype))).to(y.dtype)
 
 
-def add_scaled(y: Tensor, h: Tensor, b: Tensor, g: Tensor) -> Tensor:
+def add_scaled(y: Tensor, h: Tensor, b: Tensor, g: Tensor, fresh: bool) -> Tensor:
     """y + g (h B^T)."""
-    update = h @ b.to(h.dtype).T
-    return torch.addcmul(y, g, update) if y.dtype == update.dtype == g.dtype else (y + g * update).to(y.dtype)
+    update = h @ transposed(b.to(h.dtype))
+    if not (y.dtype == update.dtype == g.dtype):
+        return (y + g * update).to(y.dtype)
+    return y.addcmul_(g, update) if fresh else y.addcmul(g, update)
 
 
 def forward(y: Tensor, h: Tensor, b: Tensor, g: Tensor, bias: Tensor | None, whole: bool,

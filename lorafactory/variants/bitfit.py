@@ -3,8 +3,9 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
-from ..adapter import Delta, Site, Structure
+from ..adapter import Delta, Site, Structure, alike
 from ..adapter.site import has_bias, is_linear
 from ..errors import UserError
 from ..registry import StructureConfig, register
@@ -23,6 +24,11 @@ class BitFitDelta(Delta):
 
     def shift(self, base):
         return self.delta
+
+    def forward(self, x, base):
+        if is_linear(base.module) and alike(x, self.delta) and alike(x, base.weight):
+            return F.linear(x, base.weight, self.bias(base))
+        return super().forward(x, base)
 
     def update(self, x, base, y):
         first = isinstance(base.module, CHANNELS_FIRST)  # y is [batch, d_out, ...]

@@ -48,8 +48,7 @@ class BoRADelta(Wrapper):
         if x.dtype != self.rows.dtype or torch.is_autocast_enabled(x.device.type):
             return super().forward(x, base)  # c x in a narrow dtype would lose a c near 1
         r, c = self.gains(base)
-        x = c * x
-        return self.rescaled(x, base, base(x), r)
+        return self.rescaled(c * x, base, r)
 
     def update(self, x, base, y):
         # with x' = x + (c - 1) x: r V x' - W0 x, and near r = c = 1 no digits cancel

@@ -47,7 +47,7 @@ class DoRADelta(Wrapper):
     def forward(self, x, base):
         if self.dropout and self.training:
             return super().forward(x, base)
-        return self.rescaled(x, base, base(x), self.gain(base))
+        return self.rescaled(x, base, self.gain(base))
 
     def update(self, x, base, y):
         # (g - 1) y + g u: near g = 1, where training starts and mostly stays, no digits cancel

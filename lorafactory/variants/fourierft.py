@@ -37,7 +37,8 @@ class FourierFT(Spectral):
     Cost: with few entries, 512 n < d_out d_in, F is applied between two transforms of the activations, complex:
     about d_in log d_in + n + d_out log d_out products a position, and once more in the backward pass, which keeps x
     alone. An entry counts that much because it is gathered and scattered (measured on a CPU). Otherwise the update
-    [d_out, d_in] is formed, one transform in two dimensions a step, as PEFT always does, and kept for the backward pass."""
+    [d_out, d_in] is formed, one transform in two dimensions a step, as PEFT always does, and kept for the backward pass; W0 and
+    it are multiplied as one."""
 
     paper = "FourierFT, arXiv 2405.03003"
     gives = frozenset({"weight"})

@@ -1,10 +1,9 @@
 from dataclasses import dataclass
 from typing import Optional
 
-import torch
 import torch.nn.functional as F
 
-from ..adapter import Delta, LowRank, linear, numbers
+from ..adapter import Delta, LowRank, alike, linear, numbers
 from ..adapter.peft import common
 from ..adapter.ranked import Ranked, RankedConfig
 from ..errors import UserError
@@ -29,9 +28,8 @@ class HiRADelta(Delta):
 
     def forward(self, x, base):
         low, w = self.hadamard, base.weight
-        dropped = low.dropout and self.training
-        if dropped or x.dtype != w.dtype or w.dtype != low.A.dtype or torch.is_autocast_enabled(x.device.type):
-            return super().forward(x, base)  # 1 + B A in a narrow dtype would lose B A
+        if (low.dropout and self.training) or not alike(x, w, low.A):
+            return super().forward(x, base)
 
         def gradients(g, b, a):
             g = g * w

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 
 import torch.nn as nn
 
-from ..adapter import Additive, Elastic, Structure, linear
+from ..adapter import Additive, Elastic, Structure, flat, linear
 from ..adapter.bank import Bank, BankConfig, uniform
 from ..adapter.peft import fit
 from ..errors import UserError
@@ -53,8 +53,9 @@ class VeRADelta(Elastic, Additive):
         return self.b * linear(self.d * linear(self.drop(x), a), b)
 
     def forward(self, x, base):
-        b, a = self.slices()
-        return compose(base(x), self.d * linear(self.drop(x), a), b, gain=self.b, whole=False)
+        (b, a), rows = self.slices(), flat(x)
+        h = self.d * linear(self.drop(rows), a)
+        return compose(base(rows), h, b, gain=self.b, whole=False, fresh=True).view(*x.shape[:-1], len(b))
 
 
 @register("vera")

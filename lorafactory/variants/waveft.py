@@ -96,7 +96,8 @@ class WaveFT(Spectral):
 
     Cost: with few entries, 512 n < d_out d_in, F is applied between one level of the transform of x and one of the
     synthesis of y: about 2 L (d_in + d_out) + n products a position, L = 2 for db1 and 2 N for dbN, and once more in the
-    backward pass, which keeps x alone. Otherwise the update [d_out, d_in] is formed, as PEFT always does."""
+    backward pass, which keeps x alone. Otherwise the update [d_out, d_in] is formed, as PEFT always does, and W0 and it are
+    multiplied as one."""
 
     paper = "WaveFT, arXiv 2505.12532"
     gives = frozenset({"weight"})

@@ -137,6 +137,23 @@ def test_each_gradient_alone(where, wanted):
         assert all(near(a, b, 3e-6) for a, b in zip(found, theirs, strict=True))
 
 
+@pytest.mark.parametrize("form", ["no gain", "update alone"])
+@pytest.mark.parametrize("shape", [(33, 50), (3, 11, 50)], ids=str)
+def test_a_fresh_y_may_be_written_over(where, form, shape):
+    """And its gradients are those of one that is not, which keeps its numbers; a view of y, too."""
+    device, _ = where
+    (_, _, b, gain), _, whole = inputs((33, 50, 6), DTYPES["float32"], device, form)
+    x, h = (torch.randn(*shape[:-1], d, device=device).requires_grad_() for d in (50, 6))
+    given = [t for t in (x, h, b.requires_grad_(), gain) if t is not None]
+    if gain is not None:
+        gain.requires_grad_()
+    kept, fresh = x * 2, x * 2
+    z, w = (kernels.compose(y, h, b, gain, whole=whole, fresh=y is fresh) for y in (kept, fresh))
+    assert torch.equal(z, w) and torch.equal(kept, x * 2)
+    found, theirs = (torch.autograd.grad(t.sin().sum(), given) for t in (w, z))
+    assert all(torch.equal(a, b) for a, b in zip(found, theirs, strict=True))
+
+
 def test_layouts(where):
     """Three dimensions, transposed and sliced storage, a gradient that is one number seen many times."""
     device, kind = where
