@@ -50,7 +50,6 @@ def backward(dz: Tensor, g: Tensor, bias: Tensor | None, inner: Tensor | None,
     dy = (g * dz).to(dz.dtype) if of_y else None
     if inner is None:
         return dy, None
-    wide = dz.to(g.dtype)
     if bias is None:
-        return dy, (wide * inner).sum(0)
-    return dy, (wide * (inner.to(g.dtype) - bias)).sum(0)
+        return dy, (dz.to(g.dtype) * inner).sum(0)
+    return dy, (inner.to(g.dtype) - bias).mul_(dz).sum(0)
