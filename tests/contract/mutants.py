@@ -264,6 +264,8 @@ MUTANTS = [  # file, what stands there, what stands there instead, where
     ("variants/tied_lora.py", 'for name in ("B", "v", "u", "A")', 'for name in ("A", "B", "v", "u")', "@tied_lora"),
     ("variants/waveft.py", "rows % a + a * right", "rows % a + a * lower", "@waveft"),
     ("variants/waveft.py", "torch.where(z.abs() < 1, z, 1 / z)", "torch.where(z.abs() < 1, 1 / z, z)", "@waveft"),
+    ("variants/waveft.py", "low if late == (order not in EARLY) else low.flip(0)", "low", "@waveft"),
+    ("variants/waveft.py", "[z, z.conj()] if z.imag > 0 else [z]", "[z, z.conj()]", "@waveft"),
     ("variants/svf.py", "self.S.sum() / new.sum()", "1.0", "@svf"),
     ("variants/svft.py", "self.U.T @ self.Vt.T", "self.U @ self.Vt", "@svft"),
     ("variants/svft.py", "(self.index[0], self.index[1]), self", "(self.index[1], self.index[0]), self", "@svft"),

@@ -105,6 +105,11 @@ def test_ranks_and_alphas_of_their_own(spelling, tmp_path):
     assert config.get("use_rslora", False) == (spelling == "rslora") and config["modules_to_save"] == ["classifier"]
 
 
+@pytest.mark.parametrize(("wavelet", "kind"), [("sym7", "bert"), ("coif3", "gpt2")])
+def test_wavelets_of_every_family(wavelet, kind, tmp_path):
+    assert check(adapt(kind, "waveft", wavelet=wavelet, scale=9.0), tmp_path / "a") == "WAVEFT"
+
+
 def test_dora_on_rows_of_zeros(tmp_path):
     """There c counts as 1 here and PEFT divides by |V|, which a trained update keeps from zero; without one it cannot."""
     model = bert()

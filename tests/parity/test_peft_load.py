@@ -45,6 +45,8 @@ CASES = {
     "c3a": (peft.C3AConfig, {"block_size": 4, "block_size_pattern": {"query": 8}, "init_weights": "gaussian"}),
     "waveft": (peft.WaveFTConfig, {"n_frequency": 90, "n_frequency_pattern": {"query": 30}, "random_loc_seed": 3}),
     "waveft, db2": (peft.WaveFTConfig, {"n_frequency": 9, "wavelet_family": "db2", "proportional_parameters": True}),
+    "waveft, sym8": (peft.WaveFTConfig, {"n_frequency": 90, "wavelet_family": "sym8"}),
+    "waveft, coif2": (peft.WaveFTConfig, {"n_frequency": 9, "wavelet_family": "coif2"}),
     "waveft, sparse": (peft.WaveFTConfig, {"n_frequency": 90, "use_idwt": False, "scaling": 2.0, "init_weights": False}),
     "fourierft": (peft.FourierFTConfig, {"n_frequency": 90, "n_frequency_pattern": {"query": 30}, "random_loc_seed": 3}),
     "adalora": (peft.AdaLoraConfig, {"init_r": 5, "target_r": 2, "lora_alpha": 9, "total_step": 10}),
@@ -165,7 +167,7 @@ def test_what_was_read_trains_on_B31(case, tmp_path):
 
 REFUSALS = {
     "drawn": (peft.RandLoraConfig, {"r": 4, "save_projection": False}, "save it with save_projection=True"),
-    "waveft": (peft.WaveFTConfig, {"n_frequency": 9, "wavelet_family": "sym4"}, "wavelet is 'sym4'; it takes db1"),
+    "waveft": (peft.WaveFTConfig, {"n_frequency": 9, "wavelet_family": "coif4"}, "wavelet is 'coif4'; it takes db1"),
     "poly": (peft.PolyConfig, {}, "adapter of type POLY; what is read: .*ia3"),
     "biases": (peft.LoraConfig, {"bias": "all"}, "bias=all has no counterpart in lora"),
     "lora_bias": (peft.LoraConfig, {"lora_bias": True}, "lora_bias=True has no counterpart"),

@@ -101,6 +101,8 @@ def wavelets(n, family):
     return Case("waveft", "WaveFTConfig", waveft, own, {"n_frequency": n, "scaling": 3.0, **theirs})
 
 
+FAMILIES = ((300, "db1"), (1, "db1"), (200, "db3"), (1, "db2"), (200, "sym4"), (1, "sym7"), (200, "coif1"), (1, "coif3"))
+
 CASES = {
     "randlora": Case("randlora", "RandLoraConfig", randlora, {"rank": 5, "scale": 4.0, "by_terms": False},
                      {"r": 5, "randlora_alpha": 20}),
@@ -108,7 +110,7 @@ CASES = {
                              {"r": 5, "randlora_alpha": 40, "sparse": True}),
     "vb_lora": Case("vb_lora", "VBLoRAConfig", vb_lora, {"rank": 3, "num_vectors": 20, "vector_length": 8, "bound": 0.5},
                     {"r": 3, "num_vectors": 20, "vector_length": 8}),
-    **{f"waveft, {n} of {family}": wavelets(n, family) for n, family in ((300, "db1"), (1, "db1"), (200, "db3"), (1, "db2"))},
+    **{f"waveft, {n} of {family}": wavelets(n, family) for n, family in FAMILIES},
     "waveft, the weights themselves": wavelets(200, None),
     "c3a": Case("c3a", "C3AConfig", c3a, {"block_size": 16}, {"block_size": 16}),
     "c3a, small blocks": Case("c3a", "C3AConfig", c3a, {"block_size": 2}, {"block_size": 2}),

@@ -8,10 +8,10 @@ from support import Net, close, linear_sites, perturb, roberta_base, updates
 
 from lorafactory import UserError, attach
 from lorafactory.adapter import spectral
-from lorafactory.variants.waveft import analysis, filters, synthesis
+from lorafactory.variants.waveft import WAVELETS, analysis, filters, synthesis
 
 SMALL = {"n": 100, "scale": 5.0}
-CHANGES = {"position_seed": ([1], {}), "wavelet": (["db2"], {})}
+CHANGES = {"position_seed": ([1], {}), "wavelet": (["db2", "sym4", "coif1"], {})}
 TARGETS = {"target_modules": ["fc1", "fc2", "fc3"], "trained_modules": []}
 
 
@@ -52,7 +52,7 @@ def test_norm_is_that_of_the_entries():
     assert close(updates(adapted)[0].norm(), 7 * d.c.norm())
 
 
-@pytest.mark.parametrize("wavelet", ["db1", "db2", "db5", None])
+@pytest.mark.parametrize("wavelet", ["db1", "db2", "db5", "sym4", "coif1", None])
 @pytest.mark.parametrize("d_out, d_in", [(70, 61), (61, 70)])
 @pytest.mark.parametrize("n, dense", [(5, False), (400, True)])
 def test_both_paths_are_one_function(n, dense, d_out, d_in, wavelet, monkeypatch):
@@ -72,26 +72,66 @@ def test_both_paths_are_one_function(n, dense, d_out, d_in, wavelet, monkeypatch
     assert d.dense(one).any() and close(d.dense(2 * one - two), 2 * d.dense(one) - d.dense(two))
 
 
-@pytest.mark.parametrize("order", range(1, 11))
-def test_filters_are_daubechies(order):
-    """Orthonormal with all their shifts by two; the high one is blind to polynomials below its order. db2 in full."""
-    low, high = filters(order)
-    for shift in range(order):
+@pytest.mark.parametrize("wavelet", WAVELETS)
+def test_filters_are_orthonormal_and_blind_to_polynomials(wavelet):
+    """With all their shifts by two. A family's name tells its length and below which order the high one sees nothing; a
+    coiflet's low one neither, but for the mean, from tap -2 order on."""
+    low, high = filters(wavelet)
+    family, order = wavelet.rstrip("0123456789"), int(wavelet.lstrip("dbsymcoif"))
+    length, blind = (6 * order, 2 * order) if family == "coif" else (2 * order, order)
+    assert len(low) == length
+    for shift in range(length // 2):
         for a, b, want in ((low, low, shift == 0), (high, high, shift == 0), (low, high, 0.0)):
-            dot = float((a[2 * shift :] * b[: len(b) - 2 * shift]).sum())
+            dot = float((a[2 * shift :] * b[: length - 2 * shift]).sum())
             assert dot == pytest.approx(float(want), abs=1e-10)
-    k = torch.linspace(-1, 1, 2 * order, dtype=torch.float64)
-    assert all(abs(float((high * k**p).sum())) < 1e-8 for p in range(order))
+    k = torch.linspace(-1, 1, length, dtype=torch.float64)
+    assert all(abs(float((high * k**p).sum())) < 1e-8 for p in range(blind))
     assert float(low.sum()) == pytest.approx(2**0.5)
-    if order == 2:
-        root = 3**0.5
-        assert close(low, torch.tensor([1 + root, 3 + root, 3 - root, 1 - root], dtype=torch.float64) / 32**0.5)
+    if family == "coif":
+        k = torch.arange(-2 * order, 4 * order, dtype=torch.float64) / (2 * order)
+        assert all(abs(float((low * k**p).sum())) < 1e-10 for p in range(1, blind))
+
+
+@pytest.mark.parametrize(
+    "wavelet, low",
+    [
+        ("db2", [1 + 3**0.5, 3 + 3**0.5, 3 - 3**0.5, 1 - 3**0.5]),
+        ("sym2", [1 + 3**0.5, 3 + 3**0.5, 3 - 3**0.5, 1 - 3**0.5]),
+        ("coif1", [(b + c * 7**0.5) / 4 for b, c in ((1, -1), (5, 1), (14, 2), (14, -2), (1, -1), (-3, 1))]),
+    ],
+)
+def test_filters_in_full(wavelet, low):
+    assert close(filters(wavelet)[0], torch.tensor(low, dtype=torch.float64) / 32**0.5)
+
+
+@pytest.mark.parametrize("order", range(4, 11))
+def test_symlets_are_nearly_symmetric(order):
+    """One spectrum with Daubechies' wavelet; the product with the mirror image, 1 if that is the filter itself."""
+    low, other = filters(f"sym{order}")[0], filters(f"db{order}")[0]
+    assert close(torch.fft.fft(low, 64).abs(), torch.fft.fft(other, 64).abs(), 100)
+    mirrored = [float(F.conv1d(h[None], h.flip(0)[None, None], padding=2 * order - 1).max()) for h in (low, other)]
+    assert mirrored[0] > mirrored[1] + 0.015 and mirrored[0] > 0.9, mirrored
+
+
+@pytest.mark.parametrize("wavelet", WAVELETS)
+def test_filters_are_those_of_tables(wavelet):
+    """As PEFT has them from PyWavelets, of which some have 12 digits."""
+    table = pytest.importorskip("peft.tuners.waveft.wavelet").Wavelet(wavelet)
+    want = torch.tensor([table.rec_lo, table.rec_hi], dtype=torch.float64)
+    assert (filters(wavelet) - want).abs().max() < 1e-11
+
+
+def test_coiflets_that_peft_has_not():
+    """PEFT 0.21's tables of coif4 and coif5: not of unit norm, or too long."""
+    wavelet = pytest.importorskip("peft.tuners.waveft.wavelet").Wavelet
+    assert [(len(wavelet(n).rec_lo), sum(c * c for c in wavelet(n).rec_lo) == pytest.approx(1, abs=1e-3)) for n in
+            ("coif3", "coif4", "coif5")] == [(18, True), (24, False), (48, False)]  # fmt: skip
 
 
 def test_analysis_is_synthesis_transposed():
-    for order, d in ((1, 9), (3, 12), (4, 11)):
-        bank = filters(order)
-        s = synthesis(torch.eye(d + d % 2 + 2 * order - 2, dtype=torch.float64), bank, d)
+    for wavelet, d in (("db1", 9), ("db3", 12), ("db4", 11), ("sym5", 13), ("coif2", 10)):
+        bank = filters(wavelet)
+        s = synthesis(torch.eye(d + d % 2 + bank.shape[1] - 2, dtype=torch.float64), bank, d)
         assert close(analysis(torch.eye(d, dtype=torch.float64), bank), s.T)
 
 
@@ -123,6 +163,7 @@ def test_counts():
 def test_nonsense():
     with pytest.raises(UserError, match=r"n is 577; fc3 \[24, 24\] has 576 entries"):
         attach(Net(), "waveft", n=577, target_modules=["fc3"])
-    for options in ({"n": 0}, {"scale": 0.0}, {"wavelet": "sym4"}, {"wavelet": "db11"}, {"position_seed": -1}):
+    wrong = [{"wavelet": w} for w in ("sym1", "sym11", "db11", "coif4")]
+    for options in ({"n": 0}, {"scale": 0.0}, {"position_seed": -1}, *wrong):
         with pytest.raises(UserError, match=f"{next(iter(options))}.* is"):
             attach(Net(), "waveft", **{"n": 9, **options})
