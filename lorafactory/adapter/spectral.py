@@ -55,10 +55,10 @@ class Positions(Elastic):
 
     index: Tensor
 
-    def __init__(self, size: int, n: int, seed: int, device: torch.device):
+    def __init__(self, size: int, index: Tensor):
         super().__init__()
         self.size = size
-        self.register_buffer("index", drawn(size, n, seed).to(device))
+        self.register_buffer("index", index)
 
     def shapes(self) -> dict[str, tuple[int | str, ...]]:
         return {"index": ("n",)}
@@ -165,7 +165,11 @@ class Spectral(Structure):
                 raise UserError(f"n is {n}; {s.name} [{s.d_out}, {s.d_in}] has {size} entries: at most that many")
             if s.sizes not in self.positions:
                 most = max(self.n[t.name] for t in adapter.sites if t.sizes == s.sizes)
-                self.positions[s.sizes] = Positions(size, most, config.position_seed, s.new().device)
+                self.positions[s.sizes] = Positions(size, self.draw(s, most).to(s.new().device))
+
+    def draw(self, site: Site, n: int) -> Tensor:
+        """Positions for the layers of this one's shape."""
+        return drawn(site.d_out * site.d_in, n, self.config.position_seed)
 
     def found(self) -> Iterator[tuple[Site, Any]]:
         return self.adapter.inside(SpectralDelta)

@@ -184,6 +184,8 @@ MUTANTS = [  # file, what stands there, what stands there instead, where
     ("variants/flora_opt.py", "state[\"moment\"] = down(whole, p)", "pass", "@flora_opt"),
     ("variants/flora_opt.py", "/ rank**0.5", "/ rank", "@flora_opt"),
     ("variants/fourierft.py", 'fft(z, norm="forward")', "fft(z)", "@fourierft"),
+    ("variants/fourierft.py", "torch.fft.fftfreq(d, 1 / d)", "torch.arange(d) - d / 2", "@fourierft"),
+    ("variants/fourierft.py", "log_p.flatten() - times.log()", "log_p.flatten() + times.log()", "@fourierft"),
     ("variants/full.py", "self.dense_bias - base.bias", "self.dense_bias", "full+dora"),
     ("variants/full.py", "to(dtype, copy=True).contiguous()", "to(dtype).contiguous()", "full+dora"),
     ("eight_bits.py", ".to(torch.uint8)", "", "@galore"),

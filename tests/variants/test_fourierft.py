@@ -9,12 +9,14 @@ from safetensors.torch import load_file
 from support import Net, close, perturb, roberta_base, updates
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lorafactory import UserError, attach
+from lorafactory import UserError, attach, export_peft, load
 from lorafactory.adapter import spectral
+from lorafactory.variants.fourierft import bandpass, drawn_by
 
 SMALL = {"n": 100, "scale": 20.0}
 FINE = {"start": "zero"}
 CHANGES = {"start": (["zero"], {}), "position_seed": ([1], {})}
+CHANGES |= {"central_frequency": ([0.0, 5.0], {}), "bandwidth": ([2.0], {"central_frequency": 5.0})}
 TARGETS = {"target_modules": ["fc1", "fc2", "fc3"], "trained_modules": []}
 
 
@@ -132,6 +134,52 @@ def test_another_draw_or_a_damaged_file_changes_no_function(monkeypatch):
         other.adapter.load({**state, name: state[name][:9]})
 
 
+@pytest.mark.parametrize("center", [0.0, 3.0])
+@pytest.mark.parametrize("d_out, d_in", [(12, 8), (7, 9)])
+def test_bias_is_the_formula_around_frequency_zero(d_out, d_in, center):
+    """Equation 5 on the matrix with frequency (0, 0) in the middle, entry by entry, and moved from there to a corner."""
+    want = torch.empty(d_out, d_in)
+    for u in range(d_out):
+        for v in range(d_in):
+            square = (u - d_out // 2) ** 2 + (v - d_in // 2) ** 2
+            middle = 1.0 if center == 0 else 0.0
+            want[u, v] = math.exp(-((square - center**2) ** 2) / (square * 2.5**2)) if square else middle
+    assert close(bandpass(d_out, d_in, center, 2.5).exp(), torch.fft.ifftshift(want))
+
+
+def test_draws_follow_the_bias():
+    """The first of 20,000 draws by p; the second by what is left: for p = 0.5, 0.3, 0.2 the last comes second with chance
+    0.5 0.2 / 0.5 + 0.3 0.2 / 0.7. An entry of p = 0 comes last."""
+    log_p = torch.tensor([[0.5, 0.3], [0.0, 0.2]]).log()
+    draws = torch.stack([drawn_by(log_p, 4, seed) for seed in range(20_000)])
+    first, second = (draws[:, i].bincount(minlength=4) / len(draws) for i in (0, 1))
+    assert first.tolist() == pytest.approx([0.5, 0.3, 0.0, 0.2], abs=0.012)
+    assert float(second[3]) == pytest.approx(0.2 + 0.06 / 0.7, abs=0.012)
+    assert (draws[:, 3] == 2).all() and draws.dtype == torch.int32
+
+
+def test_biased_positions(tmp_path):
+    """Nearer to the frequency asked for, all different, whatever the run's seed; a file has them, PEFT cannot."""
+    base = nn.ModuleList([nn.Linear(60, 60), nn.Linear(60, 44), nn.Linear(60, 60)])
+    low, high = ({"n": 60, "central_frequency": f, "bandwidth": 5.0} for f in (0.0, 25.0))
+    for options, least, most in ((low, 0, 15), (high, 17, 35)):
+        one, two = (attach(copy.deepcopy(base), "fourierft", seed=run, **options) for run in (1, 2))
+        for name, d in one.adapter.deltas.items():
+            rows, columns = d.at()
+            j, k = torch.minimum(rows, d.d_out - rows), torch.minimum(columns, d.d_in - columns)
+            distance = torch.hypot(j.float(), k.float())
+            assert distance.min() >= least and distance.max() <= most
+            assert len(d.positions.index.unique()) == 60
+            assert torch.equal(d.positions.index, two.adapter.deltas[name].positions.index)
+        assert one.adapter.deltas["0"].positions is one.adapter.deltas["2"].positions
+    perturb(one.adapter, 1.0)
+    one.save(tmp_path / "a")
+    again = load(copy.deepcopy(base), tmp_path / "a")
+    assert all(torch.equal(a, b) for a, b in zip(updates(one), updates(again), strict=True))
+    with pytest.raises(UserError, match="PEFT has fourierft at positions that its seed draws, and seed 777 draws others here"):
+        export_peft(one, tmp_path / "p")
+
+
 def test_starts():
     """The authors' changes the output: entries of deviation s sqrt(n / 2) / (d_out d_in)."""
     base, x = nn.Sequential(nn.Linear(300, 200)), torch.randn(9, 300)
@@ -155,9 +203,12 @@ def test_counts():
     assert attach(llama, "fourierft", target_modules=["q_proj", "v_proj"]).num_trainable() == 56_000
 
 
+BIASES = [{"central_frequency": -1.0}, {"bandwidth": 3.0}, {"bandwidth": 0.0, "central_frequency": 1.0}]
+
+
 def test_nonsense():
     with pytest.raises(UserError, match=r"n is 577; fc3 \[24, 24\] has 576 entries"):
         attach(Net(), "fourierft", n=577, target_modules=["fc3"])
-    for options in ({"n": 0}, {"scale": 0.0}, {"start": "one"}, {"position_seed": -1}, {"n_pattern": {"fc1": 0}}):
+    for options in ({"n": 0}, {"scale": 0.0}, {"start": "one"}, {"position_seed": -1}, {"n_pattern": {"fc1": 0}}, *BIASES):
         with pytest.raises(UserError, match=f"{next(iter(options))}.* is"):
             attach(Net(), "fourierft", **{"n": 9, **options})
