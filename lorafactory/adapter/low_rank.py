@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn as nn
@@ -42,7 +42,7 @@ class LowRank(Elastic):
     The verbs start, fold, unload, fresh, resize, keep, grow, become, add_gate and set_mask are the only ways a part changes
     it. All but resize, become and set_mask keep the update; resize expects it to be zero."""
 
-    grown = (("A0", "B0"), ("A_past", "B_past"))
+    grown: ClassVar[tuple[tuple[str, ...], ...]] = (("A0", "B0"), ("A_past", "B_past"))
     A: nn.Parameter
     B: nn.Parameter
     gate: nn.Parameter | None
@@ -96,20 +96,25 @@ class LowRank(Elastic):
 
     def trained(self) -> tuple[Tensor, Tensor]:
         """factors() without the past."""
-        s = self.scale if self.gate is None else self.scale * self.gate
         weights = self.weights()
         s = self.scale if weights is None else self.scale * weights
-        drawn = None if self.noise is None else self.noise()
-        a = self.A if drawn is None else self.A + drawn
         if self.A0 is None or self.B0 is None:
-            return self.B * s, a
-        return torch.cat([self.B * s, self.B0 * -s], 1), torch.cat([a, self.A0], 0)
+            return self.B * s, self.drawn()
+        return torch.cat([self.B * s, self.B0 * -s], 1), torch.cat([self.drawn(), self.A0], 0)
+
+    def drawn(self) -> Tensor:
+        """A, with what a posterior adds."""
+        drawn = None if self.noise is None else self.noise()
+        return self.A if drawn is None else self.A + drawn
+
+    def masked(self) -> Tensor | None:
+        """The mask, where it counts now."""
+        return self.mask if self.training or self.mask_always else None
 
     def weights(self) -> Tensor | None:
         """How much each rank counts now, [rank]; None: all alike."""
-        if self.mask is None or not (self.training or self.mask_always):
-            return self.gate
-        return self.mask if self.gate is None else self.gate * self.mask
+        mask = self.masked()
+        return self.gate if mask is None else mask if self.gate is None else self.gate * mask
 
     def partners(self) -> tuple[Tensor, Tensor]:
         """(B diag(weights), diag(weights) A): what a change of A, and one of B, is multiplied by in the update, but for scale."""

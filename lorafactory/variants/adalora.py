@@ -62,6 +62,7 @@ class AdaLoRA(Part):
 
     paper = "AdaLoRA, arXiv 2303.10512"
     axis, needs, does = "budget", frozenset({"low_rank"}), frozenset({"penalty on the factors"})
+    minds = frozenset({"mixes ranks"})  # gates from zero between orthogonal factors: the form of an SVD
 
     @dataclass
     class Config(BudgetConfig):

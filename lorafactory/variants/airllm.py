@@ -58,6 +58,7 @@ class AirLLM(Part):
 
     paper = "AirLLM, arXiv 2507.11515"
     axis, needs, does = "budget", frozenset({"low_rank"}), frozenset({"penalty on the factors"})
+    minds = frozenset({"mixes ranks"})  # gates from zero between orthogonal factors: the form of an SVD
     actor: Learner
     denoiser: Learner
 

@@ -75,6 +75,7 @@ class DenseLoRA(Structure):
     nothing: it asks for 'denselora' where it has set 'denseLora', and names M's weight wrongly; the branch it means is
     this one, dropout of x, of the code and of the output included. With the activation no weight equals it, so it does not
     merge; with activation=none it does, and is LoTR with LoRA's start.
+    No initialisation or budget of pairs: E and D are no layer's own, and an activation stands between them.
 
     Cost: rank (d_in + rank + d_out) products a position."""
 

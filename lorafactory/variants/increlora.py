@@ -33,6 +33,7 @@ class IncreLoRA(Part):
 
     paper = "IncreLoRA, arXiv 2308.12043"
     axis, needs, does = "budget", frozenset({"low_rank", "additive"}), frozenset({"penalty on the factors"})
+    minds = frozenset({"mixes ranks"})  # gates from zero between orthogonal factors: the form of an SVD
 
     @dataclass
     class Config(BudgetConfig):

@@ -108,7 +108,8 @@ class LoRARITE(Part):
 
     paper = "LoRA-RITE, arXiv 2410.20625"
     axis, needs = "dynamics", frozenset({"low_rank"})
-    minds = frozenset({"penalty on the factors", "A is frozen"})  # it reads the gradient of W out of those of A and B
+    # it reads the gradient of W out of those of A and B, and what is between them may be near singular, where it inverts
+    minds = frozenset({"penalty on the factors", "A is frozen", "mixes ranks"})
 
     @dataclass
     class Config(DynamicsConfig):

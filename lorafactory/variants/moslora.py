@@ -3,7 +3,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-from ..adapter import Additive, Elastic, linear
+from ..adapter import Additive, LowRank
 from ..adapter.ranked import Ranked, RankedConfig
 from ..errors import UserError
 from ..registry import register
@@ -12,7 +12,7 @@ STARTS = ("kaiming", "orthogonal", "normal", "identity", "pairs")
 
 
 def mixer(start: str, rank: int) -> torch.Tensor:
-    """M [rank, rank] as it starts."""
+    """M [rank, rank] as it starts. Raises UserError where there is none of this rank."""
     if start == "normal":
         return torch.randn(rank, rank)
     if start == "orthogonal":
@@ -20,39 +20,95 @@ def mixer(start: str, rank: int) -> torch.Tensor:
     if start == "identity":
         return torch.eye(rank)
     if start == "pairs":
+        if rank % 2:
+            raise UserError(f"start is 'pairs' and a layer's rank is {rank}; it must be even")
         return torch.eye(rank // 2).repeat(2, 2)
-    bound = rank**-0.5
+    bound = max(rank, 1) ** -0.5
     return torch.empty(rank, rank).uniform_(-bound, bound)
 
 
-class MoSLoRADelta(Elastic, Additive):
-    """W = W0 + s B M A; A [rank, d_in], M [rank, rank], B [d_out, rank] trained"""
+class Mixed(LowRank):
+    """update = scale * (B N A - B0 N0 A0) + B_past A_past; N = diag(gate) M diag(gate), and with a mask an entry of it counts
+    as much as the less of its two ranks: so 0 and 1 cut a truncation out, and the sum of some has the sum of their masks
 
-    def __init__(self, site, rank: int, scale: float, c):
-        super().__init__()
-        self.d_in, self.d_out, self.dropout = site.d_in, site.d_out, c.dropout
-        bound = site.d_in**-0.5
-        self.A = nn.Parameter(site.new(rank, site.d_in).uniform_(-bound, bound))
-        self.M = nn.Parameter(mixer(c.start, rank).to(self.A), requires_grad=not c.frozen)
-        self.B = nn.Parameter(site.new(site.d_out, rank))
-        self.register_buffer("scale", site.new(fill=scale))
+    M [rank, rank]  trained, unless frozen
+    M0              where M started, if A0 and B0 are there"""
+
+    grown = (("A0", "B0", "M0"), ("A_past", "B_past"))
+
+    def __init__(self, site, rank, scale, config):
+        super().__init__(site.d_in, site.d_out, rank, scale, site.base.weight, config.dropout)
+        self.mixer = config.start
+        self.M = nn.Parameter(mixer(self.mixer, rank).to(self.A), not config.frozen)
+        self.register_buffer("M0", None)
 
     def shapes(self):
-        return {"A": ("r", self.d_in), "M": ("r", "r"), "B": (self.d_out, "r"), "scale": ()}
+        return {**super().shapes(), "M": ("r", "r"), "M0": ("r", "r")}
 
-    @property
-    def rank(self):
-        return len(self.A)
+    def counted(self, m):
+        """N of M [rank, rank]."""
+        if self.gate is not None:
+            m = self.gate[:, None] * m * self.gate
+        mask = self.masked()
+        return m if mask is None else torch.minimum(mask[:, None], mask) * m
+
+    def trained(self):
+        a = self.scale * self.counted(self.M) @ self.drawn()
+        if self.M0 is None:
+            return self.B, a
+        return torch.cat([self.B, -self.B0], 1), torch.cat([a, self.scale * self.counted(self.M0) @ self.A0])
+
+    def partners(self):
+        n = self.counted(self.M)
+        return self.B @ n, n @ self.A
+
+    def start(self, a, b=None):
+        super().start(a, b)
+        self.M0 = None if self.A0 is None else self.M.detach().clone()
+
+    def fold(self, compact=True, rank=None):
+        super().fold(compact, rank)
+        self.M0 = None
+
+    def _allocate(self, rank):
+        super()._allocate(rank)
+        self.M = self.replaced(mixer(self.mixer, rank))
+
+    def keep(self, index):
+        moved = super().keep(index)
+        old, self.M = self.M, self.replaced(self.M.detach()[index][:, index])
+        self.M0 = None if self.M0 is None else self.M0[index][:, index]
+        return {**moved, self.M: (old, lambda state: state[index][:, index])}
+
+    def grow(self, count):
+        super().grow(count)
+        eye = torch.eye(count).to(self.A)  # new ranks are not mixed yet, so the update stays
+        self.M = self.replaced(torch.block_diag(self.M.detach(), eye))
+        self.M0 = None if self.M0 is None else torch.block_diag(self.M0, eye)
+
+    def become(self, b, a):
+        super().become(b, a)
+        self.M, self.M0 = self.replaced(torch.eye(self.rank)), None
+
+    def replaced(self, m):
+        return nn.Parameter(m.to(self.A), self.M.requires_grad)
+
+
+class MoSLoRADelta(Additive):
+    """W = W0 + s B M A"""
+
+    def __init__(self, mixed: Mixed):
+        super().__init__()
+        self.mixed = mixed
 
     def factors(self):
-        return self.B, self.scale * self.M @ self.A
+        return self.mixed.factors()
 
     def randomize(self):
-        bound = self.d_in**-0.5
-        nn.init.uniform_(self.B, -bound, bound)
+        self.mixed.randomize()
 
     def thin(self, x):
-        return linear(self.drop(x), self.A, self.scale * self.M), self.B
+        return self.mixed.thin(x)
 
 
 @register("moslora")
@@ -64,10 +120,16 @@ class MoSLoRA(Ranked):
     which sums the two halves of A and of B: frozen, it is the fixed mixer of two subspaces that the paper starts from, an
     update of half the rank. Frozen at the identity it is LoRA, so that is refused.
 
-    Cost: rank (d_in + rank + d_out) products a position."""
+    A and B are a pair: an initialisation starts both, M starts as `start` says, and s B0 M0 A0 is subtracted; of pissa's start
+    that is the leading part of W0 where M starts at the identity. A gate counts at both sides of M, so that a rank without
+    it is gone; refused are AdaLoRA, AirLLM and IncreLoRA, whose gates start at zero between orthogonal factors, and
+    LoRA-RITE, which divides by what M may have near singular. A squeeze leaves M at the identity, ranks that grow are not
+    mixed at first; DyLoRA's `frozen` holds A and B, not M.
+
+    Cost: LoRA's, and rank^2 d_in products a step for M A."""
 
     paper = "MoSLoRA, arXiv 2406.11909"
-    gives = frozenset({"additive", "weight"})
+    gives, does = frozenset({"low_rank", "input", "additive", "weight"}), frozenset({"mixes ranks"})
 
     @dataclass
     class Config(RankedConfig):
@@ -83,7 +145,4 @@ class MoSLoRA(Ranked):
                 raise UserError("frozen at start='identity', M changes nothing: take lora, or another start")
 
     def build(self, site, make):
-        rank = self.fitting(site)
-        if self.config.start == "pairs" and rank % 2:
-            raise UserError(f"start is 'pairs' and the rank of {site.name} is {rank}; it must be even")
-        return MoSLoRADelta(site, rank, self.scale(site), self.config)
+        return MoSLoRADelta(Mixed(site, self.fitting(site), self.scale(site), self.config))

@@ -55,6 +55,7 @@ class RaSA(Structure):
     of them by D, so that LoRA's parameters (and D) make an update of rank rank - k + k layers. Every A starts as in LoRA,
     every B at zero, and D at alpha / 2 over how many ranks there are of its own and of the pool's: nothing else scales. So
     with k = 0 it is a LoRA of half the scale. Their code does not merge; the formula does.
+    No initialisation or budget of pairs: the pool's part of an update is other layers' as well, and D weighs both parts.
 
     Cost: (rank - k + k layers) (d_in + d_out) products a position."""
 
