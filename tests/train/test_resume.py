@@ -93,21 +93,32 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(tmp_path, server, varia
         assert names(tmp_path / str(k)) == names(tmp_path / "a"), moment  # nothing half-written stays
 
 
-STAGES = "task.stages=[{task: toy, classes: [red, blue], train_size: 48, selection_size: 12, test_size: 12}, "
-STAGES += "{task: toy, train_size: 48, selection_size: 12, test_size: 12}]"
-SEQUENCE = ["run", *TINY, "task=sequence", STAGES, "train.steps=6", "train.batch_size=8", "train.checkpoint_every=3",
-        "train.eval_every=4", "train.keep=best", "train.lr=1e-2", "results.keep_adapter=true", "variant.dropout=0.2"]  # fmt: skip
+PART = "{task: toy, train_size: 48, selection_size: 12, test_size: 12}"
+STAGES = [f"{PART[:-1]}, classes: [red, blue]}}", PART, PART]
+SEQUENCE = ["run", *TINY, "task=sequence", f"task.stages=[{', '.join(STAGES[:2])}]", "train.steps=6", "train.batch_size=8",
+        "train.checkpoint_every=3", "train.eval_every=4", "train.keep=best", "train.lr=1e-2", "results.keep_adapter=true",
+        "variant.dropout=0.2"]  # fmt: skip
+THREE = [*SEQUENCE, f"task.stages=[{', '.join(STAGES)}]"]
+LEARNERS = {  # what each keeps of earlier stages: frozen pairs, directions of inputs, ranks that live, a basis for all
+    "dora+pissa": SEQUENCE,
+    "o_lora": [*THREE, "variant.continual.norm=0.01"],
+    "inflora": [*THREE, "variant.continual.batches=4", "variant.continual.threshold=0.8"],
+    "codyra": [*THREE, "variant.budget.most=0.2"],
+    "share": [*THREE, "variant.components=12"],
+}
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(22, marks=pytest.mark.slow)])
-def test_a_sequence_killed_in_any_stage_ends_with_the_same_bits(tmp_path, server, kills):
-    options = [*SEQUENCE, "variant=dora+pissa"]
+@pytest.mark.parametrize(
+    ("variant", "kills"), [("dora+pissa", 2), ("inflora", 3), *(pytest.param(v, 22, marks=pytest.mark.slow) for v in LEARNERS)]
+)
+def test_a_sequence_killed_in_any_stage_ends_with_the_same_bits(tmp_path, server, variant, kills):
+    options = [*LEARNERS[variant], f"variant={variant}"]
     undisturbed = server.run([*options, f"results.folder={tmp_path / 'a'}"], traced=True)
     assert undisturbed.status == 0, undisturbed.said
     expected = left(tmp_path / "a")
-    # in the second stage; between the two; then anywhere
+    # in a stage after the first; between two; then anywhere
     lines, own = undisturbed.moments["train"], undisturbed.moments["course"]
-    moments = [lines[len(lines) * 3 // 4], own[len(own) * 2 // 3], *draw(undisturbed.moments, kills, "sequence")]
+    moments = [lines[len(lines) * 3 // 4], own[len(own) * 2 // 3], *draw(undisturbed.moments, kills, variant)]
     for k, moment in enumerate(moments[:kills]):
         again = [*options, f"results.folder={tmp_path / str(k)}"]
         assert server.run(again, kill_at=moment).status == -signal.SIGKILL, moment
