@@ -116,7 +116,12 @@ class Course:
                 found = {s: found[s] | curve[s] for s in SCORED}
                 found["truncations"] = {str(rank): m for rank, m in self.cut.items()}
             return {"metrics": found, "raw": {s: self.raw[s][0] for s in SCORED}}
-        return {"metrics": {s: self.task.summary(self.past.rows[s]) for s in SCORED}, "raw": self.raw}  # type: ignore[attr-defined]
+        found, raw = {s: self.task.summary(self.past.rows[s]) for s in SCORED}, dict(self.raw)  # type: ignore[attr-defined]
+        answers = [p["answers"] for p in self.past.stages]
+        if any(answers):
+            found["test"] |= self.task.adaptation(answers)  # type: ignore[attr-defined]
+            raw["online"] = answers
+        return {"metrics": found, "raw": raw}
 
     @property
     def progress(self) -> Progress:

@@ -41,6 +41,17 @@ def predict(adapted: Adapted, task: Any, split: str, batch_size: int, accelerato
     return [p for _, p in sorted(found, key=lambda pair: pair[0])]
 
 
+@torch.no_grad()
+def answer(adapted: Adapted, task: Any, batch: dict[str, Any], accelerator: Accelerator) -> list[Any]:
+    """Raw predictions of one training batch as the model stands. Its mode comes back as it was."""
+    mode = adapted.training
+    adapted.eval()
+    with accelerator.autocast():
+        predicted = task.predict(adapted, batch)
+    adapted.train(mode)
+    return predicted
+
+
 def score(adapted: Adapted, task: Any, split: str, batch_size: int, accelerator: Accelerator) -> tuple[dict, list]:
     """(metrics, raw predictions) of a split. Under a posterior the predictions are those of its mean, or the mean of
     those of its draws with their spread, and how well calibrated they are stands among the metrics."""

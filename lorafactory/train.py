@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from . import shard
 from .attach import Adapted
 from .config import TrainConfig
 from .errors import UserError
-from .evaluate import score, to_device
+from .evaluate import answer, score, to_device
 from .optim import Lifecycle
 from .plan import Plan, mix
 from .resume import Checkpoints, Interrupt, how_to_go_on
@@ -41,6 +42,7 @@ class Progress:
     best: dict[str, Any] | None = None  # of the evaluations, by what the task selects by
     seconds: float = 0.0  # of training, earlier processes included
     reached: list[str] = field(default_factory=list)  # deltas that had a gradient
+    answers: list[Any] = field(default_factory=list)  # of a task that is scored online: [row, prediction], in order
 
     def worse_since(self) -> int:
         """Evaluations after the best one."""
@@ -120,8 +122,9 @@ class Trainer:
         summed over examples or tokens and divided by how many there are in the whole step, so micro-batches and
         processes give the gradient of the one big batch."""
         accelerator, adapter = self.accelerator, self.adapted.adapter
-        batches = [to_device(self.task.training_batch([self.rows[i] for i in index]), accelerator.device)
-                   for index in self._micro_batches(step)]  # fmt: skip
+        mine = self._micro_batches(step)
+        batches = [to_device(self.task.training_batch([self.rows[i] for i in index]), accelerator.device) for index in mine]
+        answers: list[Any] = []
         sizes = [self.task.size(b) for b in batches]
         for _ in range(self._fillers(step, len(batches))):
             first = self.task.training_batch([self.rows[self.plan.batch(step)[0]]])
@@ -132,6 +135,8 @@ class Trainer:
         for k, (batch, size) in enumerate(zip(batches, sizes, strict=True)):
             torch.manual_seed(mix(self.seed, step, accelerator.process_index, k))
             adapter.before_forward(batch)
+            if self.task.online:
+                answers += zip(mine[k], answer(self.adapted, self.task, batch, accelerator), strict=True)
             with accelerator.autocast():
                 loss = self.task.loss(self.call, batch) * (size > 0) / units
                 penalty = self.adapted.penalty() if adapter.has_penalty else 0.0
@@ -142,6 +147,8 @@ class Trainer:
         value = float(self._sum(total))
         if not math.isfinite(value):
             raise Diverged(f"the loss is {value} at step {step + 1} of {self.plan.total}")
+        if self.task.online:
+            self._tell(answers)
         self._average()
         self._reached(step)
         for group in self.lifecycle.optimizer.param_groups:
@@ -169,6 +176,13 @@ class Trainer:
 
     def _sum(self, value: torch.Tensor) -> torch.Tensor:
         return value if self.accelerator.num_processes == 1 else self.accelerator.reduce(value, "sum")
+
+    def _tell(self, answers: list[Any]) -> None:
+        """Of every process, one a row: the first, before any step has learnt from it."""
+        if self.accelerator.num_processes > 1:
+            answers = gather_object(answers)
+        known = {row for row, _ in self.progress.answers}
+        self.progress.answers += [[row, a] for row, a in answers if row not in known]
 
     def _average(self) -> None:
         """One flat sum of the gradients over the processes; a wrapper would miss parameters that appear later."""

@@ -28,6 +28,7 @@ class Task:
     In order: load() the raw data, head() for the model, prepare(processor), then the rest."""
 
     kind: ClassVar[str]
+    online: ClassVar[bool] = False  # whether training rows are answered, too, each before the first step that learns from it
     auto_model: ClassVar[str] = "AutoModelForSequenceClassification"
     auto_processor: ClassVar[str] = "AutoTokenizer"
     processor_options: ClassVar[dict[str, Any]] = {}

@@ -124,6 +124,14 @@ class Sequence(Task):
         constant = all((m or {}).get("constant_prediction") for m in learnt)
         return {**found, "matrix": matrix, "before": untrained, "constant_prediction": constant}
 
+    def adaptation(self, answers: list[list[Any]]) -> dict[str, Any]:
+        """answers: [row, prediction] of each stage's test split while it trained, none where that had labels."""
+        found: list[float | None] = []
+        for part, told in zip(self.parts, answers, strict=True):
+            references = part.references("test")
+            found.append(part.metrics([p for _, p in told], [references[i] for i, _ in told])[part.primary] if told else None)
+        return {"online": found, "online_average": transfer.average([[s for s in found if s is not None]])}
+
     def describe(self) -> dict[str, Any]:
         about = [p.describe() for p in self.parts]
         sizes = {s: sum(a["sizes"][s] for a in about) for s in SPLITS}
@@ -195,7 +203,10 @@ class Joint(Task):
 
 class Unlabelled(Task):
     """Test-time adaptation: the rows that a stage is scored on, their labels left out. The loss is the cross entropy with the
-    logits that a part puts into the batch as `teacher`; where none does, with the model's own: its entropy (TENT)."""
+    logits that a part puts into the batch as `teacher`; where none does, with the model's own: its entropy (TENT). Each batch
+    is answered before the step that learns from it, which is what test-time adaptation is scored by."""
+
+    online = True
 
     def __init__(self, part: Task):
         if not isinstance(part, Classification):
@@ -217,7 +228,7 @@ class Unlabelled(Task):
         return -(batch.get("teacher", logits).float().softmax(-1) * logits.log_softmax(-1)).sum()
 
     def predict(self, model: nn.Module, batch: dict[str, Tensor]) -> list[Any]:
-        return self.part.predict(model, batch)
+        return self.part.predict(model, {k: v for k, v in batch.items() if k != "teacher"})
 
     def references(self, split: str) -> list[Any]:
         return self.part.references(split)

@@ -69,9 +69,10 @@ class ViDA(Structure):
     step, as their code for CIFAR: u = 0.1 mean variance of the teacher's logits over `views` changed copies of the batch;
     u >= threshold: lam_high = 1 + u, lam_low = 1 - u, else the other way about; loss = cross entropy of the student with the
     teacher; teacher <- ema teacher + (1 - ema) student; each number of the student goes back to its source with
-    probability `restore`. The teacher answers. Theirs trains the backbone, too, and sets lam_high nowhere (an elif);
-    here the adapter alone trains, at `rate` times the learning rate, and both are set. Their views are the changes of
-    CoTTA; ours brightness, contrast, a turn with a shift, a flip and noise. With several processes each has its own lam.
+    probability `restore`. The teacher answers, each batch before the step. Theirs trains the backbone, too, and sets
+    lam_high nowhere (an elif); here the adapter alone trains, at `rate` times the learning rate, and both are set. Their
+    views are the changes of CoTTA; ours brightness, contrast, a turn with a shift, a flip and noise. With several processes
+    each has its own lam.
 
     Cost: that of LoRA of rank low + high; in a stage without labels `views` + 1 passes more a step, and the teacher."""
 

@@ -5,8 +5,8 @@ import torch
 from runs import configured
 from support import Net, Regression, adamw, attached, close, perturb
 
-from lorafactory import UserError, attach, run
-from lorafactory.variants.vida import ViDADelta, changed
+from lorafactory import UserError, attach, evaluate, record, run, train
+from lorafactory.variants.vida import ViDA, ViDADelta, changed
 
 SMALL = {"high": 4}
 
@@ -139,15 +139,51 @@ def test_a_sequence_with_stages_without_labels(variant, tmp_path):
     """LoRA minimises its own entropy there."""
     options = [*RUN, f"variant={variant}", f"results.folder={tmp_path}"]
     options += ["variant.high=4", "variant.views=2", "variant.threshold=0"] if variant == "vida" else []
-    made = run.run(configured(*options)).record
+    path, made = (done := run.run(configured(*options))).path, done.record
     assert len(made["metrics"]["test"]["matrix"]) == 3 and made["optimizer"]["steps"] == 4 + 3 + 3
     assert all(r["loss"] >= 0 for r in made["curve"] if r["stage"])
     scales = {g["lr_scale"] for g in made["optimizer"]["groups"]}
     assert scales == ({0.01} if variant == "vida" else {1.0})
     trained = sum(g["parameters"] for g in made["optimizer"]["groups"])
     assert trained == made["cost"]["adapter_parameters"], "the head stays as it is"
+    found, answers = made["metrics"]["test"], record.read_predictions(path)["online"]
+    assert [len(a) for a in answers] == [0, 48, 48] and sorted(i for i, _ in answers[1]) == list(range(48))
+    assert found["online"][0] is None and found["online_average"] == pytest.approx(sum(found["online"][1:]) / 2)
     if variant == "vida":
         assert made["optimizer"]["method"] == {"adapted_steps": 6.0, "high_domain_steps": 6.0}
+
+
+def test_no_row_is_learnt_from_before_it_is_answered(tmp_path, monkeypatch):
+    """The answers to a batch are those of the model before the step, the lam of the batch left out."""
+    options = ["variant=vida", "variant.high=4", "variant.views=2", "variant.ema=0.5", "variant.rate=1.0"]
+    step, moved = train.Trainer._step, []
+
+    def watched(self, index):
+        if not self.task.online:
+            return step(self, index)
+        rows, known = self.plan.batch(index), len(self.progress.answers)
+
+        def now():
+            batch = self.task.collate([self.rows[i] for i in rows])
+            return torch.tensor(evaluate.answer(self.adapted, self.task, batch, self.accelerator))
+
+        before, found, after = now(), step(self, index), now()
+        told = self.progress.answers[known:]
+        assert [i for i, _ in told] == rows and torch.equal(torch.tensor([a for _, a in told]), before)
+        moved.append(not torch.equal(before, after))
+        return found
+
+    monkeypatch.setattr(train.Trainer, "_step", watched)
+    monkeypatch.setattr(ViDA, "weigh", lambda self, doubt: None)
+    run.run(configured(*RUN, *options, f"results.folder={tmp_path}"))
+    assert moved == [True] * 6
+
+
+def test_what_does_not_move_is_scored_online_as_before_the_stage(tmp_path):
+    stages = STAGES.replace('"gaussian_noise:3"', '"contrast:4"')
+    options = ["variant=lora", "train.steps=4", "train.micro_batch_size=5", "train.lr=1e-12", f"task.stages=[{stages}]"]
+    found = run.run(configured(*RUN, *options, f"results.folder={tmp_path}")).record["metrics"]["test"]
+    assert found["online"] == [None, *found["before"][1:]]
 
 
 def test_values_without_meaning():
