@@ -61,8 +61,6 @@ class InfLoRA(Continual):
         return {name: h / n for name, (h, n) in total.items()}
 
     def start(self, stage):
-        if not stage.index and self.adapter.started:
-            return
         moments = self.moments(stage)
         for site, low, memory in self.pairs():
             h = moments[site.name].to(memory.rows)

@@ -126,6 +126,46 @@ def test_misuse_is_told_and_changes_nothing():
         attach(model, registry.config("lora"), rank=2)
 
 
+@pytest.mark.parametrize("name", HUNGRY)
+def test_a_loaded_start_needs_no_batches_again(name):
+    base, data, x = setting()
+    first, again = attached(name, base, data), Adapted(copy.deepcopy(base), attached(name, base, data).adapter.config, seed=9)
+    with pytest.raises(UserError, match="batches"):
+        again.begin()
+    again.adapter.load(first.adapter.state_dict())
+    assert close(again.begin()(x), first(x))
+
+
+def test_what_a_stage_draws_depends_on_the_seed_and_the_stage(monkeypatch):
+    adapted, drawn = attach(setting()[0], "lora", seed=3), []
+    for hook in ("begin", "end"):
+        monkeypatch.setattr(adapted.adapter, hook, lambda stage: drawn.append(torch.rand(1)))
+    before = torch.get_rng_state()
+    for index in (0, 1):
+        adapted.begin(index=index).end()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert drawn == [torch.rand(1, generator=torch.Generator().manual_seed(seed)) for seed in (3, 3, 4, 4)]
+
+
+def test_a_stage_reads_as_many_batches_as_it_asks_for_and_their_mask():
+    stage = attach(setting()[0], "lora", batches=[{"attention_mask": k} for k in range(5)])._stage
+    assert [stage.mask(batch) for batch in stage.batches(2)] == [0, 1]
+    assert stage.mask({}) is None and stage.mask(torch.ones(1)) is None
+
+
+def test_a_trained_head_is_no_target_and_counts_apart():
+    adapted = attach(setting()[0], "lora", target_modules=["all"], trained_modules=["head"], rank=2)
+    assert {s.name for s in adapted.adapter.sites} == {"fc1", "fc2", "fc3"}
+    total = sum(p.numel() for p in adapted.adapter.parameters() if p.requires_grad)
+    assert adapted.cost()["head_parameters"] == 24 * 8 + 8 == total - adapted.cost()["adapter_parameters"]
+
+
+def test_an_adapter_takes_the_mode_of_its_model():
+    assert attach(setting()[0], "lora").adapter.training
+    evaluated = attach(setting()[0].eval(), "lora")
+    assert not evaluated.training and not evaluated.adapter.training
+
+
 def test_where_the_base_cannot_wait_in_a_file(monkeypatch):
     base, _, _ = setting()
     pristine = cloned(base.state_dict())

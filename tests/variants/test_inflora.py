@@ -4,7 +4,7 @@ import pytest
 import torch
 from support import Net, Regression, adamw, attached, begun, close, perturb, train
 
-from lorafactory import UserError, checkpoint
+from lorafactory import UserError, attach, checkpoint
 from lorafactory.variants.inflora import new_directions
 
 SMALL = {"batches": 4}
@@ -86,6 +86,44 @@ def test_how_many_directions_by_hand():
         assert len(new_directions(h, none, share)) == first, share
         assert len(new_directions(h, eye[:1], share)) == (0 if share < 0.76 else later)
     assert close(new_directions(h, eye[:1], 0.8).abs(), eye[1:2]) and len(new_directions(h, eye, 1.0)) == 0
+
+
+def test_later_stages_hold_more_of_the_energy():
+    adapted, base = setting(threshold=0.5, growth=0.4)
+    train(adapted, Regression(base), adapted.optimizer(adamw, 2), steps=2)
+    adapted.end()
+    data = Regression(base, 2)
+    begun(adapted, data, 1)
+    train(adapted, data, adapted.optimizer(adamw, 2), steps=2)
+    kept = {s.name: m.rows.clone() for s, _, m in part(adapted).pairs()}
+    adapted.end()
+    counts = {share: [len(new_directions(h, kept[n], share)) for n, h in moments(adapted, data).items()] for share in (0.5, 0.9)}
+    assert [len(m.rows) - len(kept[s.name]) for s, _, m in part(adapted).pairs()] == counts[0.9] > counts[0.5]
+
+
+def one_layer(x, memory=None):
+    """A of rank 3 on one layer that reads the rows x, beside a memory."""
+    adapted = attach(
+        torch.nn.Sequential(torch.nn.Linear(x.shape[1], 4)), "inflora", rank=3, target_modules=["0"],
+        batches=[{"x": x}], loss=lambda model, batch: model(batch["x"]).mean(),
+    )  # fmt: skip
+    ((_, low, m),) = part(adapted).pairs()
+    if memory is not None:
+        m.add(memory)
+        adapted.begin([{"x": x}], lambda model, batch: model(batch["x"]).mean(), index=1)
+    return low.A
+
+
+def test_what_the_memory_holds_stays_out_however_much_of_it_there_is():
+    torch.manual_seed(0)
+    v = torch.nn.functional.normalize(torch.randn(1, 8), dim=1)
+    a = one_layer(torch.randn(64, 8) + 1000 * torch.randn(64, 1) * v, v)
+    assert (a @ v.T).abs().max() < 1e-6 < 0.5 < float(a.norm(dim=1).min()) * 3**0.5
+
+
+def test_rows_are_zero_where_the_inputs_have_fewer_directions():
+    a = one_layer(torch.tensor([[3.0, 4, 0, 0], [6, 8, 0, 0]]))
+    assert close(a.abs(), torch.tensor([[0.6, 0.8, 0, 0], [0] * 4, [0] * 4]) / 3**0.5)
 
 
 def test_rows_are_zero_where_no_direction_is_left():

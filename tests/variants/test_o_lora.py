@@ -41,6 +41,15 @@ def test_the_penalty_by_hand():
         assert float(adapted.penalty()) == pytest.approx(want)
         part(adapted).config.norm = 0.1
         assert float(adapted.penalty()) == pytest.approx(want + 0.1 * 15**0.5, rel=1e-5)  # |A| = sqrt(4 + 11), |B| = 0
+        with torch.no_grad():
+            low.B[2, 1] = -2.0
+        assert float(adapted.penalty()) == pytest.approx(want + 0.1 * (15**0.5 + 2), rel=1e-5)
+
+
+def test_the_norm_has_a_slope_where_b_is_zero():
+    adapted, _ = setting(norm=0.1)
+    adapted.penalty().backward()
+    assert all(low.A.grad.any() and low.B.grad.isfinite().all() for _, low, _ in part(adapted).pairs())
 
 
 def test_one_stage_without_a_norm_is_lora():
