@@ -57,7 +57,8 @@ class SVF(Structure):
     relu(sigma + delta) (SVDiff, arXiv 2303.11305); `free`, sigma' itself (Sun et al. 2022, arXiv 2206.06122);
     `scale_shift`, relu(a * sigma + c) (S-SAM, as its code in SALT has it, which adds 1 to the singular values that do not
     train: here they stay). Transformer2's code squashes z, always divides by the change of sigma's sum (`renormalise`) and
-    trains by reinforcement on the task's reward; here it is the task's loss. The update is added to W0 x, so that the start
+    trains by reinforcement on the task's reward; here it is the task's loss. Its mixture of several trained z is `combine`,
+    with weights that you give: the paper searches for them. The update is added to W0 x, so that the start
     is the base to the last bit.
 
     Cost: k (d_in + d_out) products a position, and U and V in memory, twice the layer; an SVD of every layer at the start
@@ -91,6 +92,28 @@ class SVF(Structure):
 
     def build(self, site, make):
         return SVFDelta(site, max(1, int(self.config.fraction * min(site.d_out, site.d_in))), self.config)
+
+    @torch.no_grad()
+    def combine(self, states, weights):
+        """z = sum_k weights[k] z_k: what adapters trained on this base with these options become together, given the
+        state_dict() of each. All or nothing."""
+        others = [n for n, _ in self.adapter.named_parameters() if not n.endswith(".gain")]
+        if others:
+            raise UserError(f"what combines is mode=scale's z; this adapter also trains {others[0]}")
+        if not states or len(states) != len(weights):
+            raise UserError(f"{len(weights)} weights for {len(states)} adapters: it takes one each")
+        before = {n: t.clone() for n, t in self.adapter.state_dict().items()}
+        found = [d for _, d in self.adapter.inside(SVFDelta)]
+        mixed = [torch.zeros_like(d.gain) for d in found]
+        try:
+            for state, weight in zip(states, weights, strict=True):
+                self.adapter.load(state)  # which refuses those of another base
+                mixed = [z + weight * d.gain for z, d in zip(mixed, found, strict=True)]
+        except UserError:
+            self.adapter.load(before)
+            raise
+        for d, z in zip(found, mixed, strict=True):
+            d.gain.copy_(z)
 
     def penalises(self):
         return self.config.penalty > 0

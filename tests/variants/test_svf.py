@@ -120,6 +120,50 @@ def test_penalty_by_hand():
     assert built().penalty() == 0 and not built().adapter.has_penalty
 
 
+def test_mixtures_of_experts(tmp_path):
+    """z = sum_k alpha_k z_k, layer by layer; one hot it is that expert to the bit; of a saved mixture too."""
+    x, states, weights = torch.randn(5, 24), [], [0.5, 2.0, -0.25]
+    adapted = built()
+    outputs = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        perturb(adapted.adapter, 0.5)
+        states.append({n: t.clone() for n, t in adapted.adapter.state_dict().items()})
+        outputs.append(adapted(x).detach())
+    adapted.adapter.structure.combine(states, weights)
+    for key, d in adapted.adapter.deltas.items():
+        z = [s[f"deltas.{key}.gain"] for s in states]
+        assert torch.equal(d.gain.detach(), 0.5 * z[0] + 2.0 * z[1] - 0.25 * z[2]) and not close(z[0], z[1], 100)
+    y = adapted(x).detach()
+    adapted.save(tmp_path / "a")
+    torch.manual_seed(0)
+    assert torch.equal(load(Net(), tmp_path / "a")(x), y)
+    for k, output in enumerate(outputs):
+        adapted.adapter.structure.combine(states, [float(i == k) for i in range(3)])
+        assert torch.equal(adapted(x), output)
+
+
+def test_what_is_no_mixture(tmp_path):
+    adapted = built()
+    state = {n: t.clone() for n, t in adapted.adapter.state_dict().items()}
+    other = {**state, "deltas.fc2.mark": state["deltas.fc2.mark"] + 1}
+    combine = adapted.adapter.structure.combine
+    for states, weights, said in (
+        ([state], [0.5, 0.5], "2 weights for 1 adapters: it takes one each"),
+        ([], [], "0 weights for 0 adapters"),
+        ([{n: 2 * t for n, t in state.items() if "gain" in n} | {n: t for n, t in state.items() if "mark" in n}, other],
+         [1.0, 1.0], "deltas.fc2.mark: the base has other singular vectors"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=said):
+            combine(states, weights)
+        assert all(torch.equal(t, state[n]) for n, t in adapted.adapter.state_dict().items()), "as before"
+    with pytest.raises(UserError, match=r"also trains deltas.fc1.offset"):
+        built(mode="shift").adapter.structure.combine([state], [1.0])
+    head = attach(Net(), "svf", target_modules=["fc1"], trained_modules=["head"])
+    with pytest.raises(UserError, match=r"also trains trained.head"):
+        head.adapter.structure.combine([head.adapter.state_dict()], [1.0])
+
+
 # the basis: every Singular structure has it
 
 
