@@ -311,6 +311,8 @@ MUTANTS = [  # file, what stands there, what stands there instead, where
     ("variants/svf.py", "self.S.sum() / new.sum()", "1.0", "@svf"),
     ("variants/svf.py", "[z + weight * d.gain", "[weight * d.gain", "@svf"),
     ("variants/svf.py", "            self.adapter.load(before)\n", "", "@svf"),
+    ("variants/svft.py", "self.mark.copy_(mark(self.U, self.Vt))", "pass", "@svft"),
+    ("variants/svft.py", "self.Vt[k:] = u[:, k:], v.T[k:]", "self.Vt[k:] = u[:, k:], self.Vt[k:]", "@svft"),
     ("variants/svft.py", "self.U.T @ self.Vt.T", "self.U @ self.Vt", "@svft"),
     ("variants/svft.py", "(self.index[0], self.index[1]), self", "(self.index[1], self.index[0]), self", "@svft"),
     ("variants/tenslora.py", "for row in reversed(rows)", "for row in rows", "@tenslora"),

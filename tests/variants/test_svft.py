@@ -14,6 +14,7 @@ from lorafactory.variants.svft import count
 TARGETS = {"target_modules": ["fc1", "fc2", "fc3"], "trained_modules": []}
 SQUARE = {"target_modules": ["fc3"], "trained_modules": []}
 CHANGES = {"pattern": (["banded", "random"], {}), "band": ([4], {"pattern": "banded"}), "triplets": ([5], {})}
+CHANGES |= {"fill": (["orthonormal"], {"triplets": 5, "save_basis": True})}
 
 
 def built(pattern="plain", **options):
@@ -122,6 +123,35 @@ def test_triplets_are_the_largest():
         assert int(torch.linalg.matrix_rank(d.weight(site.base) - site.base.weight, atol=1e-5)) == 5
 
 
+@pytest.mark.parametrize("pattern", ["plain", "banded", "random", "top_k"])
+def test_vectors_drawn_in_place_of_triplets(pattern, tmp_path):
+    """M [k, k] between the first 5 singular vectors and drawn ones, orthonormal among themselves; W0 stays whole."""
+    base, x = Net(), torch.randn(5, 24)
+    options = {"triplets": 5, "fill": "orthonormal", "save_basis": True}
+    targets = SQUARE if pattern == "top_k" else TARGETS
+    fresh = attach(copy.deepcopy(base), "svft", pattern=pattern, **options, **targets)
+    assert torch.equal(fresh(x), base(x))
+    adapted = built(pattern, **options)
+    for site, d in linear_sites(adapted):
+        k = min(site.d_out, site.d_in)
+        u, s, vt = torch.linalg.svd(site.base.weight.detach().double(), full_matrices=False)
+        assert d.U.shape == (site.d_out, k) and d.Vt.shape == (k, site.d_in) and matrix(d).shape == (k, k)
+        assert close((d.U[:, :5] * d.S[:5] @ d.Vt[:5]).double(), (u[:, :5] * s[:5] @ vt[:5]), 1e4) and not d.S[5:].any()
+        for drawn, own in ((d.U[:, 5:].T, u[:, 5:].T), (d.Vt[5:], vt[5:])):
+            assert close(drawn @ drawn.T, torch.eye(k - 5), 3)
+            assert not close(drawn.abs().double(), own.abs(), 1e4)
+        update = d.weight(site.base) - site.base.weight
+        assert close(update, d.U @ matrix(d) @ d.Vt, 3)
+        z = torch.randn(6, site.d_in)
+        assert close(d.update(z, site.base, None), z @ update.T, 3)
+    y = adapted(x).detach()
+    adapted.save(tmp_path / "a")
+    torch.manual_seed(0)
+    assert torch.equal(load(Net(), tmp_path / "a")(x), y), "the drawn vectors are saved"
+    again = built(pattern, **options)
+    assert torch.equal(again(x), y), "the seed draws them"
+
+
 def test_the_authors_start():
     adapted = attach(Net(), "svft", pattern="banded", band=4, start="normal", gate=True, seed=0, **TARGETS)
     for _, d in linear_sites(adapted):
@@ -174,6 +204,9 @@ def test_counts():
         ({"band": 2}, "band is 2, of no effect on pattern=plain"),
         ({"band": 0, "pattern": "random"}, "band is 0"),
         ({"triplets": 0}, "triplets is 0"),
+        ({"fill": "zero", "triplets": 5}, "fill is 'zero'; it takes orthonormal"),
+        ({"fill": "orthonormal", "save_basis": True}, "fill is orthonormal, of no effect without triplets"),
+        ({"fill": "orthonormal", "triplets": 5}, "of vectors that no base gives back: it needs save_basis=true"),
     ],
 )
 def test_nonsense(options, said):
