@@ -1,4 +1,5 @@
 from dataclasses import dataclass
+from typing import Optional
 
 import torch
 
@@ -22,8 +23,8 @@ class Side:
         self.old = {k: torch.stack([s.get(k, torch.zeros_like(f)) for s in states]) for k, f in fresh.items()}
         self.steps = x.new_tensor([s.get("steps", 0) for s in states])[:, None, None]
 
-    def step(self, betas, eps, escape):
-        """M T^-T [n, d, r]; the moments turn with the basis, are updated and kept."""
+    def step(self, betas, eps, escape, cap):
+        """M T^-T [n, d, r], M capped; the moments turn with the basis, are updated and kept, not capped."""
         turn, g = self.basis.mT @ self.old["basis"], self.gradient
         first, second = (b * (1 - b**self.steps) / (1 - b ** (self.steps + 1)) for b in betas)  # bias-corrected
         turned = symmetric(turn @ self.old["v"] @ turn.mT)
@@ -37,7 +38,14 @@ class Side:
         for i, state in enumerate(self.states):
             new = {"m": m[i], "v": v[i], "basis": self.basis[i], "escaped": lost[i]}
             state.update({k: t.clone() for k, t in new.items()}, steps=state.get("steps", 0) + 1)
+        if cap is not None:
+            m = m / (rms(m) / cap).clamp_min(1)
         return m @ self.inverse.mT
+
+
+def rms(m):
+    """[n, 1, 1]"""
+    return m.square().mean((1, 2), keepdim=True).sqrt()
 
 
 def symmetric(m):
@@ -58,17 +66,17 @@ class LoRARITEOptimizer(OnPairs):
         sides = [self.sides(lows) for lows in grouped]
         both = [s for pair in sides for s in pair]
         for s in both if c.skip else ():
-            rms = s.gradient.square().mean((1, 2), keepdim=True).sqrt()
-            self.part.skipped += int((rms > c.skip).sum())
-            s.gradient = torch.where(rms > c.skip, 0.0, s.gradient)
+            great = rms(s.gradient) > c.skip
+            self.part.skipped += int(great.sum())
+            s.gradient = torch.where(great, 0.0, s.gradient)
         if c.clip and both:
             norm = torch.stack([s.gradient.square().sum() for s in both]).sum().sqrt()
             for s in both:
                 s.gradient = s.gradient * (c.clip / norm).clamp_max(1)
         for lows, (b, a) in zip(grouped, sides, strict=True):
             betas = groups[lows[0].B]["betas"]
-            steps = b.step(betas, c.eps, c.escape), a.step(betas, c.eps, c.escape).mT
-            for low, *pair in zip(lows, *steps, strict=True):
+            db, da = (side.step(betas, c.eps, c.escape, c.cap) for side in (b, a))
+            for low, *pair in zip(lows, db, da.mT, strict=True):
                 for p, d in zip((low.B, low.A), pair, strict=True):
                     p.mul_(1 - groups[p]["lr"] * groups[p].get("weight_decay", 0.0)).add_(d, alpha=-groups[p]["lr"])
                 if c.balance:
@@ -100,8 +108,8 @@ class LoRARITE(Part):
     skips a gradient whose root mean square is above 1 and clips the norm over all pairs to 1; train.clip still comes before.
     betas, rate and decay are the run's AdamW's, with the bias-corrected decays of their code. Theirs takes the root of V as
     it is, and where rounding leaves an eigenvalue below zero the pair's whole update becomes 0; here the eigenvalue is 0.
-    s stays in the gradient, as there. At B = 0 the first step moves B alone. Left out: update_capping (off in their code)
-    and relative_epsilon (it fails there). A gate counts with the factor whose change it multiplies.
+    s stays in the gradient, as there. At B = 0 the first step moves B alone. Left out: relative_epsilon (it fails
+    there). A gate counts with the factor whose change it multiplies.
 
     Cost: two QR factorisations and two [rank, rank] eigendecompositions a pair and step, pairs of one shape together; a
     state of moment, basis (a factor's shape each) and V: 2 rank (d_in + d_out) + 2 rank^2, as much as AdamW's but for V."""
@@ -115,17 +123,19 @@ class LoRARITE(Part):
     class Config(DynamicsConfig):
         """eps: added to the root of V; skip: the root mean square above which a pair's unmagnified gradient is left out
         (0: none is); clip: the most that the norm of all of them may be (0: anything); escape: add what V loses when the
-        basis turns (their apply_escape); balance: give both factors one norm after each step."""
+        basis turns (their apply_escape); balance: give both factors one norm after each step; cap: the root mean square that a
+        factor's M may have in a step, more is scaled down to it and kept in the moment (their update_capping, off there)."""
 
         eps: float = 1e-6
         skip: float = 1.0
         clip: float = 1.0
         escape: bool = False
         balance: bool = False
+        cap: Optional[float] = None  # noqa: UP045  OmegaConf
 
         def check(self):
             self.check_least(0, "skip", "clip")
-            self.check_positive("eps")
+            self.check_positive("eps", "cap")
 
     def attach(self):
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))

@@ -227,6 +227,7 @@ MUTANTS = [  # file, what stands there, what stands there instead, where
     ("variants/lora.py", "self.low_rank.randomize()", "pass", "words"),
     ("variants/lora.py", '"input", ', "", "words"),
     ("variants/lora_plus.py", "self.config.ratio", "1.0", "options/lora_plus"),
+    ("variants/lora_rite.py", "(rms(m) / cap).clamp_min(1)", "(rms(m) / cap)", "@lora_rite"),
     ("variants/lora_squeeze.py", "            step.rebuild_optimizer()", "            pass", "lora_squeeze"),
     ("variants/lora_squeeze.py", "u * torch.where(live, s / split, 0.0) / low.scale", "u * torch.where(live, s / split, 0.0)",
      "@lora_squeeze"),

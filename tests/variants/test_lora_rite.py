@@ -8,7 +8,7 @@ from lorafactory import UserError, attach, checkpoint, registry
 from lorafactory.variants.lora_rite import escaped
 
 TARGETS = ["fc1", "fc2", "fc3"]
-CHANGES = {"skip": ([1e-6], {}), "clip": ([1e-3], {})}
+CHANGES = {"skip": ([1e-6], {}), "clip": ([1e-3], {}), "cap": ([0.1], {})}
 
 
 def setting(variant="lora_rite", dtype=torch.float64, rank=3, **dynamics):
@@ -32,7 +32,7 @@ def root(v):
     return vectors @ torch.diag(1 / (values.clamp_min(0).sqrt() + 1e-6)) @ vectors.T
 
 
-def reference(x, y, g, state, t, betas, clip=1.0):
+def reference(x, y, g, state, t, betas, clip=1.0, cap=None):
     """The card's steps for one factor X [d, r] whose partner is Y [k, r], in their plainest form: M T^-T."""
     u, tri = torch.linalg.qr(y)
     inverse = torch.linalg.pinv(tri)
@@ -42,13 +42,14 @@ def reference(x, y, g, state, t, betas, clip=1.0):
     v = b2 * turn @ state.get("v", torch.zeros_like(tri)) @ turn.T + (1 - b2) * g.T @ g / len(g)
     m = b1 * state.get("m", torch.zeros_like(x)) @ turn.T + (1 - b1) * g @ root(v)
     state.update(u=u, v=v, m=m)
-    return m @ inverse.T
+    over = 1.0 if cap is None else max(1.0, float(m.square().mean().sqrt()) / cap)
+    return m @ inverse.T / over
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.3])
-def test_step_by_step(decay):
-    """Eight steps of the trained adapter against the card's own."""
-    adapted, data = setting(clip=0.0)
+@pytest.mark.parametrize("decay, cap", [(0.0, None), (0.3, None), (0.0, 0.3), (0.3, 0.3)])
+def test_step_by_step(decay, cap):
+    """Eight steps of the trained adapter against the card's own; the cap, of both factors' M, some of which exceed it."""
+    adapted, data = setting(clip=0.0, cap=cap)
     optimizer = adapted.optimizer(adamw(decay=decay), 8)
     states = {n: ({}, {}) for n in pairs(adapted)}
     for t in range(1, 9):
@@ -57,12 +58,14 @@ def test_step_by_step(decay):
         want = {}
         for n, low in pairs(adapted).items():
             a, b = low.A.detach(), low.B.detach()
-            db = reference(b, a.T, low.B.grad, states[n][0], t, (0.8, 0.95))
-            da = reference(a.T, b, low.A.grad.T, states[n][1], t, (0.8, 0.95)).T
+            db = reference(b, a.T, low.B.grad, states[n][0], t, (0.8, 0.95), cap=cap)
+            da = reference(a.T, b, low.A.grad.T, states[n][1], t, (0.8, 0.95), cap=cap).T
             want[n] = a - 1e-2 * (da + decay * a), b - 1e-2 * (db + decay * b)
         optimizer.step()
         for n, low in pairs(adapted).items():
             assert close(low.A, want[n][0], 1e3) and close(low.B, want[n][1], 1e3), (n, t)
+    sizes = [float(s["m"].square().mean().sqrt()) for both in states.values() for s in both]
+    assert cap is None or min(sizes) < cap < max(sizes)
 
 
 def test_rank_one_is_a_normalised_gradient():
@@ -78,11 +81,12 @@ def test_rank_one_is_a_normalised_gradient():
         assert torch.allclose(low.B, -1e-2 * g / norm / (rms + 1e-6) / norm, rtol=1e-6) and torch.equal(low.A, before[n])
 
 
-def test_how_the_pair_is_written_does_not_matter():
+@pytest.mark.parametrize("cap", [None, 0.1])
+def test_how_the_pair_is_written_does_not_matter(cap):
     """(B R, R^-1 A) moves B A alike: over four steps, moments and all."""
     products = []
     for turned in (False, True):
-        adapted, data = setting()
+        adapted, data = setting(cap=cap)
         perturb(adapted.adapter, 0.3)
         r = torch.randn(3, 3, dtype=torch.float64) + 3 * torch.eye(3)
         with torch.no_grad():
@@ -227,7 +231,7 @@ def test_an_optimiser_without_betas_is_refused():
         adapted.optimizer(lambda groups: torch.optim.SGD(groups, lr=0.1), 1)
 
 
-@pytest.mark.parametrize("wrong", [{"eps": 0.0}, {"skip": -1.0}, {"clip": -1.0}])
+@pytest.mark.parametrize("wrong", [{"eps": 0.0}, {"skip": -1.0}, {"clip": -1.0}, {"cap": 0.0}])
 def test_values_without_meaning(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         setting(**wrong)
