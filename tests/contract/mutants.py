@@ -232,6 +232,8 @@ MUTANTS = [  # file, what stands there, what stands there instead, where
     ("variants/lora_squeeze.py", "u * torch.where(live, s / split, 0.0) / low.scale", "u * torch.where(live, s / split, 0.0)",
      "@lora_squeeze"),
     ("variants/loretta.py", "[*others, first]", "[first, *others]", "@loretta"),
+    ("variants/loretta.py", "self.act(linear(self.drop(y), ", "self.act(linear(y, ", "@loretta"),
+    ("variants/loretta.py", "!= rank * self.d_in", "< 0", "@loretta"),
     ("variants/loretta.py", "a * self.d_out != b * self.d_in", "False", "@loretta"),
     ("variants/lotr.py", 'if not silenced and "zero"', 'if False and "zero"', "@lotr"),
     ("variants/lotr.py", "left.T @ w @ right.T", "right @ w.T @ left", "@lotr"),

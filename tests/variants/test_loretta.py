@@ -5,9 +5,9 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from support import Net, close, perturb, roberta_base, updates
+from support import Net, Regression, adamw, cloned, close, linear_sites, perturb, roberta_base, train, updates
 
-from lorafactory import UserError, attach, linalg
+from lorafactory import UserError, attach, linalg, load, registry
 
 CHANGES = {"start": (["zero"], {})}
 FINE = {"start": "zero"}
@@ -135,6 +135,87 @@ def test_counts():
 def test_nonsense():
     with pytest.raises(UserError, match=r"rank 25 is more than fc3 \[24, 24\] can have"):
         attach(Net(), "loretta", rank=25, target_modules=["fc3"])
-    for options in ({"rank": 0}, {"tt_rank": 0}, {"order": 1}, {"start": "one"}, {"alpha": 0.0}, {"dropout": 1.0}):
+    wrong = {"rank": 0, "tt_rank": 0, "order": 1, "start": "one", "alpha": 0.0, "dropout": 1.0, "adapter": "elu"}
+    for options in ({k: v} for k, v in wrong.items()):
         with pytest.raises(UserError, match=f"{next(iter(options))} is"):
             attach(Net(), "loretta", **options)
+
+
+# LoRETTA_adp
+
+ADAPTER = {"adapter": "tanh", "rank": 4, "alpha": 8.0, **TARGETS}
+
+
+def test_an_adapter_by_hand():
+    """A^T = (1, 2) kron (1, -1) as [2, 2], B^T = (1, 1) kron (1, 2), a = (1, 0), b = (0, 5), s = 2, of y = W x + c."""
+    module = nn.Linear(3, 2)
+    adapted = attach(nn.Sequential(module), "loretta", rank=2, alpha=4.0, tt_rank=1, order=2, adapter="relu")
+    d = adapted.adapter.deltas["0"]
+    with torch.no_grad():
+        for core, values in zip(d.cores("A") + d.cores("B"), ([1, 2], [1, -1], [1, 1], [1, 2]), strict=True):
+            core.copy_(torch.tensor(values).view(1, -1, 1))
+        d.a.copy_(torch.tensor([1.0, 0]))
+        d.b.copy_(torch.tensor([0.0, 5]))
+    x = torch.randn(9, 3)
+    y = F.linear(x, module.weight, module.bias)
+    down, up = torch.tensor([[1.0, 2], [-1, -2]]), torch.tensor([[1.0, 1], [2, 2]])
+    want = y + 2 * (torch.relu(y @ down.T + torch.tensor([1.0, 0])) @ up.T + torch.tensor([0.0, 5]))
+    assert close(adapted(x), want) and not adapted.adapter.mergeable
+
+
+@pytest.mark.parametrize("adapter, act", [("relu", torch.relu), ("tanh", torch.tanh), ("gelu", F.gelu)])
+def test_an_adapter_reads_what_the_layer_gives(adapter, act):
+    """Outputs and gradients in float64, dropout of y included, which the layer's own output is spared."""
+    adapted = attach(Net().double(), "loretta", **{**ADAPTER, "adapter": adapter}, dropout=0.4).train()
+    perturb(adapted.adapter, 1.0)
+    for s, d in linear_sites(adapted):
+        x = torch.randn(2, 6, s.d_in, dtype=torch.float64, requires_grad=True)
+        y, (a, b) = s.base(x), (d.whole("A").T, d.whole("B").T)
+        torch.manual_seed(1)
+        got = d(x, s.base)
+        torch.manual_seed(1)
+        want = y + 2 * (act(F.dropout(y, 0.4) @ a.T + d.a) @ b.T + d.b)
+        g = torch.randn_like(got)
+        of = (*d.cores("A"), *d.cores("B"), d.a, d.b, x)
+        mine, true = (torch.autograd.grad(out, of, g, retain_graph=True) for out in (got, want))
+        assert a.shape == (4, s.d_out) and close(got, want)
+        assert all(close(m, t, 5) and t.any() for m, t in zip(mine, true, strict=True))
+
+
+def test_an_adapter_from_zero_is_the_base_and_learns():
+    torch.manual_seed(0)
+    base = Net()
+    data, x = Regression(base), torch.randn(5, 24)
+    adapted = attach(copy.deepcopy(base), "loretta", start="zero", **ADAPTER)
+    assert torch.equal(adapted(x), base(x))
+    losses = train(adapted, data, adapted.optimizer(adamw, 16), steps=16)
+    assert losses[-1] < losses[0] and not close(adapted(x), base(x))
+
+
+def test_an_adapter_comes_back_and_has_no_weight(tmp_path):
+    base, x = Net().double(), torch.randn(5, 24, dtype=torch.float64)
+    adapted = attach(copy.deepcopy(base), "loretta", **ADAPTER)
+    perturb(adapted.adapter, 0.5)
+    y = adapted.eval()(x)
+    adapted.save(tmp_path)
+    assert torch.equal(load(copy.deepcopy(base), tmp_path)(x), y) and not close(y, base(x))
+    with pytest.raises(UserError, match="merge"):
+        adapted.merge()
+    with pytest.raises(UserError, match="under these options"):
+        registry.config("loretta+dora", adapter="relu")
+    other = attach(copy.deepcopy(base), "loretta", **{**ADAPTER, "rank": 6})
+    state = cloned(adapted.adapter.state_dict())
+    other.adapter.load(state)
+    assert torch.equal(other.eval()(x), y)
+    for wrong, said in (("a", "a is of rank 5"), ("b", r"b is \[5\]")):
+        with pytest.raises(UserError, match=said):
+            other.adapter.load({**state, f"deltas.fc1.{wrong}": torch.zeros(5)})
+
+
+def test_a_bottleneck_as_the_authors_count_it():
+    """RoBERTa-base after a dense layer of 768, bottleneck 64: twice five cores, of length 8 but one of 12, and both biases."""
+    adapted = attach(copy.deepcopy(roberta_base()), "loretta", adapter="relu", rank=64, alpha=64.0, order=5,
+                     trained_modules=[], target_modules=["attention.output.dense"])  # fmt: skip
+    cores = 8 * 5 + 5 * 8 * 5 + 5 * 12 * 5 + 5 * 8 * 5 + 5 * 8
+    assert adapted.num_trainable() == 12 * (2 * cores + 64 + 768)
+    assert {a["scale"] for a in attach(Net(), "loretta", **{**ADAPTER, "alpha": 4.0}).adapter.describe()} == {1.0}
