@@ -14,23 +14,26 @@ from . import files
 from .attach import Adapted, seeded
 from .config import RunConfig
 from .errors import UserError
-from .evaluate import aurac, score, truncated
+from .evaluate import aurac, score
 from .plan import Plan, mix
 from .resume import Checkpoints
 from .tasks import Task
 from .train import Progress, Trainer
 
 SCORED = ("selection", "test")
+Row = list[dict[str, Any] | None]
 
 
 @dataclass
 class Past:
     """What the stages that are over left beside the adapter, fit for JSON. step: how many; stages: how each went; rows:
-    split -> [before training, after each stage] -> [metrics of each task, None where not scored]."""
+    split -> [before training, after each stage] -> [metrics of each task, None where not scored]; cut: the rows of each
+    truncation that a part names, by its rank. Before training it is as the whole."""
 
     step: int = 0
     stages: list[dict[str, Any]] = field(default_factory=list)
-    rows: dict[str, list[list[dict[str, Any] | None]]] = field(default_factory=lambda: {s: [] for s in SCORED})
+    rows: dict[str, list[Row]] = field(default_factory=lambda: {s: [] for s in SCORED})
+    cut: dict[str, dict[str, list[Row]]] = field(default_factory=dict)
 
 
 class Course:
@@ -44,7 +47,6 @@ class Course:
         self.watch: Callable[[dict[str, Any]], None] = lambda row: None
         self.past = Past()
         self.raw: dict[str, list[Any]] = {s: [] for s in SCORED}
-        self.cut: dict[int, dict[str, dict[str, Any]]] = {}  # rank -> split -> metrics, where a part names truncations
         self.checkpoints = Checkpoints(folder, adapted, accelerator) if self.is_sequence else None
         if self.checkpoints is not None:
             if config.train.shard:
@@ -94,34 +96,47 @@ class Course:
         k = self.past.step
         met = len(self.scored) if k == 0 or k == len(self.stages) else k + 1
         with seeded(self.config.seed):
+            row, self.raw = self._rows(met)
             for split in SCORED:
-                row: list[dict[str, Any] | None] = [None] * len(self.scored)
-                self.raw[split] = [None] * len(self.scored)
-                for j, task in enumerate(self.scored[:met]):
-                    self.task.enter(self.adapted, task)
-                    size = self.config.train.eval_batch_size
-                    row[j], self.raw[split][j] = score(self.adapted, task, split, size, self.accelerator)
-                self.past.rows[split].append(row)
-            if not self.is_sequence:
-                self.cut = truncated(self.adapted, self.task, SCORED, self.config.train.eval_batch_size, self.accelerator)
+                self.past.rows[split].append(row[split])
+            for rank, cut in sorted(self.adapted.adapter.truncations().items()) if k or not self.is_sequence else ():
+                with self.adapted.adapter.tried(cut):
+                    row, _ = self._rows(met)
+                rows = self.past.cut.setdefault(str(rank), {s: self.past.rows[s][:1] if k else [] for s in SCORED})
+                for split in SCORED:
+                    rows[split].append(row[split])
         if k < len(self.stages):
             self.task.enter(self.adapted, self.stages[k])
 
+    def _rows(self, met: int) -> tuple[dict[str, Row], dict[str, list[Any]]]:
+        """Metrics and raw predictions of the first `met` tasks, by split."""
+        row: dict[str, Row] = {s: [None] * len(self.scored) for s in SCORED}
+        raw: dict[str, list[Any]] = {s: [None] * len(self.scored) for s in SCORED}
+        for split in SCORED:
+            for j, task in enumerate(self.scored[:met]):
+                self.task.enter(self.adapted, task)
+                row[split][j], raw[split][j] = score(
+                    self.adapted, task, split, self.config.train.eval_batch_size, self.accelerator
+                )
+        return row, raw
+
     def outcome(self) -> dict[str, Any]:
         """Metrics and raw predictions, for the record."""
-        if not self.is_sequence:
-            found: dict[str, Any] = {s: self.past.rows[s][0][0] for s in SCORED}
-            if self.cut:
-                curve = {s: aurac({rank: m[s][self.task.primary] for rank, m in self.cut.items()}) for s in SCORED}
-                found = {s: found[s] | curve[s] for s in SCORED}
-                found["truncations"] = {str(rank): m for rank, m in self.cut.items()}
-            return {"metrics": found, "raw": {s: self.raw[s][0] for s in SCORED}}
-        found, raw = {s: self.task.summary(self.past.rows[s]) for s in SCORED}, dict(self.raw)  # type: ignore[attr-defined]
+        found, raw = self._summary(self.past.rows), dict(self.raw) if self.is_sequence else {s: self.raw[s][0] for s in SCORED}
         answers = [p["answers"] for p in self.past.stages]
         if any(answers):
             found["test"] |= self.task.adaptation(answers)  # type: ignore[attr-defined]
             raw["online"] = answers
+        # a rank that is cut for good on the way has no score any more
+        cut = {r: self._summary(rows) for r, rows in self.past.cut.items() if len(rows["test"]) == len(self.past.rows["test"])}
+        if cut:
+            found |= {s: found[s] | aurac({int(r): m[s][self.task.primary] for r, m in cut.items()}) for s in SCORED}
+            found["truncations"] = cut
         return {"metrics": found, "raw": raw}
+
+    def _summary(self, rows: dict[str, list[Row]]) -> dict[str, Any]:
+        """By split: the metrics of a single task, or what a sequence makes of those of its tasks."""
+        return {s: self.task.summary(rows[s]) if self.is_sequence else rows[s][0][0] for s in SCORED}  # type: ignore[attr-defined]
 
     @property
     def progress(self) -> Progress:

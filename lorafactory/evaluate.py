@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -70,15 +69,6 @@ def score(adapted: Adapted, task: Any, split: str, batch_size: int, accelerator:
     if posterior is not None:
         more |= task.calibration(predictions, references)
     return task.metrics(predictions, references) | more, predictions
-
-
-def truncated(adapted: Adapted, task: Any, splits: Iterable[str], batch_size: int, accelerator: Accelerator) -> dict:
-    """{rank: {split: metrics}} of every adapter of a lower rank that this one holds."""
-    found: dict[int, dict[str, Any]] = {}
-    for rank, cut in sorted(adapted.adapter.truncations().items()):
-        with adapted.adapter.tried(cut):
-            found[rank] = {split: score(adapted, task, split, batch_size, accelerator)[0] for split in splits}
-    return found
 
 
 def aurac(curve: dict[int, float | None]) -> dict[str, float | str | None]:

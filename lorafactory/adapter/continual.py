@@ -62,7 +62,8 @@ class Continual(Part):
 
     axis = "continual"
     needs: ClassVar[frozenset[str]] = frozenset({"low_rank"})
-    minds: ClassVar[frozenset[str]] = frozenset({"restarts the factors"})  # only the last ones would be remembered
+    # only the last factors would be remembered; a past has no ranks to cut
+    minds: ClassVar[frozenset[str]] = frozenset({"restarts the factors", "trains truncations"})
     stage: Tensor
 
     def attach(self) -> None:

@@ -105,6 +105,7 @@ LEARNERS = {  # what each keeps of earlier stages: frozen pairs, directions of i
     "inflora": [*THREE, "variant.continual.batches=4", "variant.continual.threshold=0.8"],
     "codyra": [*THREE, "variant.budget.most=0.2"],
     "share": [*THREE, "variant.components=12"],
+    "dylora": SEQUENCE,  # scores its truncations
     "lora": [*SEQUENCE, f"task.stages=[{PART}, {PART}]", "task.heads=shared", "task.unlabelled=[1]"],  # answers as it adapts
 }
 

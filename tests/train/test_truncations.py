@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from runs import configured
 from support import Net, Regression, adamw, attached, close, same, train
 
+from lorafactory import course, run
 from lorafactory.evaluate import aurac
 
 
@@ -46,3 +48,38 @@ def test_the_area_by_hand():
     assert aurac({4: 0.3}) == {"aurac_linear": 0.3, "aurac_log": 0.3}
     unknown = aurac({1: None, 2: 0.5})
     assert unknown["aurac_log"] is None and "no score" in unknown["aurac_log_undefined"]
+
+
+PART = "{task: toy, train_size: 24, selection_size: 12, test_size: 12}"
+STAGES = f"{PART[:-1]}, classes: [red, blue]}}, {PART}, {PART}"
+SEQUENCE = ["task=sequence", f"task.stages=[{STAGES}]", "variant.rank=4", "train.steps=2", "train.batch_size=8"]
+
+
+def scored(tmp_path, *options):
+    return run.run(configured(*SEQUENCE, *options, f"results.folder={tmp_path}")).record["metrics"]
+
+
+def test_a_sequence_scores_each_truncation_after_every_stage(tmp_path, monkeypatch):
+    """Where the score of an adapter is its rank, that of a truncation is its rank, of whatever task."""
+
+    def rank(adapted, task, *_):
+        return {task.primary: float(next(iter(adapted.adapter.low_ranks()))[1].rank)}, []
+
+    monkeypatch.setattr(course, "score", rank)
+    found = scored(tmp_path, "variant=dylora")
+    for r in (1, 2, 4):
+        told = found["truncations"][str(r)]["test"]
+        assert told["matrix"] == [[r, r, None], [r, r, r], [r, r, r]] and told["before"] == [4, 4, 4], "untrained it is the whole"
+    assert found["test"]["matrix"][-1] == [4, 4, 4]
+    assert found["test"]["aurac_linear"] == pytest.approx((1.5 + 2 * 3) / 3) and found["test"]["aurac_log"] == pytest.approx(2.25)
+
+
+def test_the_truncation_of_all_ranks_is_the_whole(tmp_path):
+    found = scored(tmp_path, "variant=matryoshka_lora", "train.lr=1e-2", "variant.budget.scored=[1, 4]")
+    for split in ("selection", "test"):
+        whole = {k: v for k, v in found[split].items() if not k.startswith("aurac")}
+        assert list(found["truncations"]) == ["1", "4"] and found["truncations"]["4"][split] == whole
+
+
+def test_a_rank_that_is_cut_for_good_has_no_score_of_a_sequence(tmp_path):
+    assert list(scored(tmp_path, "variant=dylora", "variant.budget.keep=2")["truncations"]) == ["1", "2"]

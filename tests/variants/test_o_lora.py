@@ -130,3 +130,5 @@ def test_values_without_meaning():
             setting(**wrong)
     with pytest.raises(UserError, match="restarts"):
         setting("o_lora+relora")
+    with pytest.raises(UserError, match="trains truncations"):
+        setting("o_lora+dylora")
