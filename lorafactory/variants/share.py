@@ -1,17 +1,23 @@
 from dataclasses import dataclass
+from typing import Optional
 
 import torch
 import torch.nn as nn
 
 from ..adapter import Additive, Elastic, Staged
 from ..adapter.ranked import Ranked, RankedConfig
+from ..errors import UserError
 from ..registry import register
 
 
-def basis(columns, k, center):
-    """[d, k] orthonormal: the leading left singular vectors of columns [d, n], then random ones; center: less their mean."""
+def basis(columns, k, center, variance=None):
+    """[d, k] orthonormal: the leading left singular vectors of columns [d, n], then random ones; center: less their mean.
+    variance: k is the least number of vectors that hold this share of the squared singular values."""
     x = columns - columns.mean(1, keepdim=True) if center else columns
     u, s, _ = torch.linalg.svd(x, full_matrices=False)
+    if variance is not None:
+        held = s.square().cumsum(0)
+        k = min(int((held < variance * held[-1]).sum()) + 1, len(s))
     u = u[:, s > 1e-6 * s.max().clamp_min(1e-30)][:, :k]
     more = torch.randn(len(u), k - u.shape[1], dtype=u.dtype, device=u.device)
     for _ in range(2):  # once is not enough in float32
@@ -91,14 +97,15 @@ class ShareDelta(Elastic, Additive, Staged):
                 setattr(self, f"{name}1", nn.Parameter(self.a.new_empty(d, extra).uniform_(-0.5, 0.5)))
                 setattr(self, f"{name}2", nn.Parameter(self.a.new_zeros(extra, self.rank)))
 
-    def end(self, components, center):
+    def end(self, components, center, variance):
         """A new basis for all stages so far, and each one's coefficients in it."""
         pairs = [tuple(x.detach() for x in self.pair(t)) for t in range(self.stages() + 1)]
         sides = {"a": (torch.stack([a.T for _, a in pairs]), "alpha"), "b": (torch.stack([b for b, _ in pairs]), "beta")}
         for name, (factors, of) in sides.items():
             t, d, r = factors.shape
             k = min(components, d)
-            new = basis(factors.permute(1, 0, 2).reshape(d, t * r), k, center and t * r > k)
+            center_here = center and t * r > (k if variance is None else 1)
+            new = basis(factors.permute(1, 0, 2).reshape(d, t * r), k, center_here, variance)
             *past, now = new.T @ factors
             setattr(self, of, new)
             setattr(self, name, nn.Parameter(now.contiguous()))
@@ -117,8 +124,9 @@ class Share(Ranked):
     beside the basis until the stage ends. The basis is filled up with random directions to `components`, as theirs is, whose
     eigenvectors of zero eigenvalues are none of the data's. From the second stage on a stage starts at the one before it
     (`start: zero`: at no update) and the extra ones at zero; theirs start both at U(-1/2, 1/2), a jump. Where all columns
-    fit into the basis nothing is centred, so no stage changes then; theirs always centres, and drops the mean. Their
-    fine-tuning after a new basis is left out. s = alpha / rank is folded into B when the first stage ends.
+    fit into the basis nothing is centred, so no stage changes then; theirs always centres, and drops the mean. `variance`
+    is the paper's rule (0.6), in which no random directions follow. Their fine-tuning after a new basis is left out.
+    s = alpha / rank is folded into B when the first stage ends.
 
     Cost: that of LoRA and of forming the factors, [d, components] x [components, rank]; an SVD a side and stage."""
 
@@ -129,17 +137,25 @@ class Share(Ranked):
     @dataclass
     class Config(RankedConfig):
         """components: of the basis of each side; extra: directions that train beside it; start: of a stage after the first,
-        previous or zero; center: the factors, before the SVD, where they are more than components."""
+        previous or zero; center: the factors, before the SVD, where they are more than components; variance: in place of
+        components, the share of the factors' variance that the basis of each side is to hold (null: components)."""
 
         components: int = 32
         extra: int = 2
         start: str = "previous"
         center: bool = True
+        variance: Optional[float] = None  # noqa: UP045  OmegaConf
 
         def check(self):
             super().check()
             self.check_least(0, "extra")
-            self.check_least(self.rank, "components")
+            self.check_positive("variance")
+            if self.variance is None:
+                self.check_least(self.rank, "components")
+            elif self.variance > 1:
+                raise UserError(f"variance is {self.variance}; it is a share of the whole, at most 1")
+            elif self.components != type(self).components:
+                raise UserError(f"components is {self.components}, but variance={self.variance} sets them: leave one out")
             self.check_choices(start=("previous", "zero"))
 
     def build(self, site, make):
@@ -152,7 +168,7 @@ class Share(Ranked):
 
     def end(self, stage):
         for _, delta in self.adapter.inside(ShareDelta):
-            delta.end(self.config.components, self.config.center)
+            delta.end(self.config.components, self.config.center, self.config.variance)
         return True
 
     def counters(self):

@@ -6,7 +6,7 @@ from lorafactory import UserError, checkpoint
 from lorafactory.variants.share import ShareDelta, basis
 
 SMALL = {"components": 8}
-CHANGES = {"center": ([False], {"components": 4})}
+CHANGES = {"center": ([False], {"components": 4}), "variance": ([0.6], {"components": 32})}
 TARGETS = ["fc1", "fc2", "fc3"]
 
 
@@ -109,6 +109,37 @@ def test_the_basis_by_hand():
     assert close(full.T @ full, torch.eye(3))
 
 
+def test_how_many_directions_hold_a_share_of_the_variance_by_hand():
+    """Squares 9, 4, 1 of 14: 0.64, 0.93, 1. Centred, (3, 4, 0) and (0, 0, 1) have one direction; and nothing has none."""
+    columns = torch.diag(torch.tensor([3.0, 2, 1]))
+    for variance, k in ((0.6, 1), (0.65, 2), (0.92, 2), (0.95, 3), (1.0, 3)):
+        assert basis(columns, 99, False, variance).shape == (3, k), variance
+    assert basis(torch.tensor([[3.0, 0], [4, 0], [0, 1]]), 99, True, 0.99).shape == (3, 1)
+    assert close(basis(torch.zeros(3, 2), 99, False, 0.6).norm(), torch.tensor(1.0))
+
+
+def test_the_basis_holds_the_share_that_is_asked_for(tmp_path):
+    """Of the factors of all stages, less their mean, and one direction less would not; in a new adapter, too."""
+    adapted, base = setting(components=32, variance=0.6)
+    for index in (0, 1):
+        if index:
+            begun(adapted, Regression(base, 2), 1)
+        train(adapted, Regression(base, index + 1), adapted.optimizer(adamw, 4), steps=4)
+        perturb(adapted.adapter, 0.1)
+        pairs = [[tuple(x.detach() for x in d.pair(t)) for t in range(index + 1)] for d in deltas(adapted)]
+        adapted.end()
+        for d, found in zip(deltas(adapted), pairs, strict=True):
+            for side, columns in ((d.alpha, [a.T for _, a in found]), (d.beta, [b for b, _ in found])):
+                x = torch.cat(columns, 1)
+                x = x - x.mean(1, keepdim=True)
+                held = [(side[:, :k].T @ x).square().sum() / x.square().sum() for k in range(side.shape[1] + 1)]
+                assert held[-2] < 0.6 <= held[-1]
+    checkpoint.save(adapted, tmp_path / "a")
+    again = setting(components=32, variance=0.6)[0]
+    checkpoint.restore(again, tmp_path / "a")
+    assert all(torch.equal(x, y) for x, y in zip(outputs(again, 2), outputs(adapted, 2), strict=True))
+
+
 def test_a_stage_starts_where_the_last_one_stood_or_from_zero():
     adapted, base = setting()
     stage(adapted, base, 0)
@@ -159,8 +190,8 @@ def test_a_file_without_either_pair_is_refused():
 
 
 def test_values_without_meaning():
-    for wrong in ({"components": 1}, {"extra": -1}, {"start": "random"}):
-        with pytest.raises(UserError, match=next(iter(wrong))):
+    for wrong in ({"components": 1}, {"extra": -1}, {"start": "random"}, {"variance": 0.0}, {"variance": 1.5}, {"variance": 0.6}):
+        with pytest.raises(UserError, match=next(iter(wrong))):  # 0.6: beside components
             setting(**wrong)
     with pytest.raises(UserError, match="continual"):
         attached("share+o_lora", Net(), Regression(Net()))
