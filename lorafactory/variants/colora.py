@@ -1,4 +1,5 @@
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Optional
@@ -44,14 +45,15 @@ def attributions(stage: Stage, moved: dict[str, Tensor], batches: int, points: i
 
 
 def allotted(scores: dict[str, float], sizes: dict[str, tuple[int, int]], share: float, beta: float,
-             alpha: float | None) -> dict[str, int]:  # fmt: skip
-    """Ranks from contributions: layer i trains about delta_i = alpha c_i^beta of its weights, c_i = score / the largest.
-    alpha None: the largest with which all layers together train no more than `share` of theirs."""
-    most = max(scores.values())
-    c = {n: (s / most if most > 0 else 1.0) ** beta for n, s in scores.items()}
+             alpha: float | None, least: float | None = None, most: float | None = None) -> dict[str, int]:  # fmt: skip
+    """Ranks from contributions: layer i trains about delta_i = alpha c_i^beta of its weights, c_i = score / the largest, from
+    least to most. alpha None: the largest with which all layers together train no more than `share` of theirs."""
+    largest = max(scores.values())
+    c = {n: (s / largest if largest > 0 else 1.0) ** beta for n, s in scores.items()}
 
     def ranks(a: float) -> dict[str, int]:
-        return {n: min(max(1, round(a * c[n] * p * q / (p + q))), p, q) for n, (p, q) in sizes.items()}
+        delta = {n: min(max(a * c[n], least or 0.0), most or math.inf) for n in sizes}
+        return {n: min(max(1, round(delta[n] * p * q / (p + q))), p, q) for n, (p, q) in sizes.items()}
 
     if alpha is not None:
         return ranks(alpha)
@@ -91,7 +93,7 @@ class CoLoRA(Part):
         """share: of the adapted layers' weights, that the pairs have together; alpha: in place of share, the rank's factor;
         beta: exponent of the contribution, 0: none; steps: of the fine-tuning (0: one plain gradient step), lr: its rate;
         batches: that contributions are averaged over, at most; points: on the way; scale: s of every layer (null: alpha /
-        rank of the structure)."""
+        rank of the structure); least, most: bounds of what a layer trains, as a share of its weights (null: none, inferred)."""
 
         share: float = 0.07
         alpha: Optional[float] = None  # noqa: UP045  OmegaConf
@@ -101,11 +103,15 @@ class CoLoRA(Part):
         batches: int = 4
         points: int = 20
         scale: Optional[float] = None  # noqa: UP045
+        least: Optional[float] = None  # noqa: UP045
+        most: Optional[float] = None  # noqa: UP045
 
         def check(self):
             self.check_least(1, "batches", "points")
             self.check_least(0, "steps", "beta")
-            self.check_positive("share", "alpha", "lr", "scale")
+            self.check_positive("share", "alpha", "lr", "scale", "least", "most")
+            if self.least is not None and self.most is not None and self.least > self.most:
+                raise UserError(f"least is {self.least}, above most={self.most}")
             if self.share >= 1:
                 raise UserError(f"share is {self.share}; it is a share of the weights, below 1")
             if self.alpha is not None and self.share != type(self).share:
@@ -129,7 +135,7 @@ class CoLoRA(Part):
         scores = (total / count).tolist()
         self.contributions.copy_(torch.tensor(scores))
         by_name = {s.name: score for s, score in zip(sites, scores, strict=True)}
-        ranks = allotted(by_name, {s.name: (s.d_out, s.d_in) for s in sites}, c.share, c.beta, c.alpha)
+        ranks = allotted(by_name, {s.name: (s.d_out, s.d_in) for s in sites}, c.share, c.beta, c.alpha, c.least, c.most)
         for site, low in self.adapter.low_ranks():
             low.resize(ranks[site.name])
             if c.scale is not None:

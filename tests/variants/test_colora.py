@@ -19,6 +19,8 @@ CHANGES = {
     "steps": ([0, 5], {}),
     "lr": ([0.1], {}),
     "scale": ([1.0], {}),
+    "least": ([0.35], {}),
+    "most": ([0.2], {}),
 }
 
 
@@ -113,6 +115,18 @@ def test_ranks_follow_contributions_within_the_budget():
     assert allotted(dict.fromkeys(SIZES, 0.0), SIZES, 0.2, 1.0, None) == even, "none contributes: all alike"
 
 
+def test_bounds_of_a_layers_share():
+    """alpha 0.5 asks for 0.5, 0.25, 0.25 and 0.45 of the weights; 128 ranks of (256, 256) have all of them, 64 half."""
+    scores = {"a": 1.0, "b": 0.5, "c": 0.5, "d": 0.9}
+    assert allotted(scores, SIZES, 0.07, 1.0, 0.5, 0.375, None) == {"a": 64, "b": 48, "c": 64, "d": 58}
+    assert allotted(scores, SIZES, 0.07, 1.0, 0.5, None, 0.375) == {"a": 48, "b": 32, "c": 43, "d": 48}
+    assert allotted(scores, SIZES, 0.07, 1.0, 0.5, 0.375, 0.375) == {"a": 48, "b": 48, "c": 64, "d": 48}
+    ranks = allotted(scores, SIZES, 0.2, 1.0, None, None, 0.22)
+    spent = sum(r * sum(SIZES[n]) for n, r in ranks.items()) / sum(p * q for p, q in SIZES.values())
+    assert 0.95 * 0.2 < spent <= 0.2 and ranks["a"] == ranks["d"] == 28, "what bounds leave goes to the others"
+    assert allotted(scores, SIZES, 0.9, 1.0, None, None, 0.25) == {"a": 32, "b": 32, "c": 43, "d": 32}
+
+
 def test_a_layer_that_the_loss_hardly_reads_gets_few_ranks():
     class Two(nn.Module):
         def __init__(self):
@@ -152,7 +166,8 @@ def test_no_batches_are_refused():
 @pytest.mark.parametrize(
     ("options", "said"),
     [({"share": 0.0}, "positive"), ({"share": 1.0}, "below 1"), ({"alpha": 1.0, "share": 0.2}, "leave one out"),
-     ({"points": 0}, "at least 1"), ({"beta": -1.0}, "at least 0"), ({"lr": 0.0}, "positive"), ({"scale": 0.0}, "positive")],
+     ({"points": 0}, "at least 1"), ({"beta": -1.0}, "at least 0"), ({"lr": 0.0}, "positive"), ({"scale": 0.0}, "positive"),
+     ({"least": 0.0}, "positive"), ({"least": 0.5, "most": 0.2}, "above most=0.2")],
 )  # fmt: skip
 def test_nonsense_is_refused(options, said):
     with pytest.raises(UserError, match=said):
