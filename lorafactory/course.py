@@ -92,9 +92,10 @@ class Course:
         self.checkpoints.save(self.past, self.trainer.lifecycle.optimizer)
 
     def _score(self) -> None:
-        """Selection and test, each read once after a stage: of the tasks met so far and the next one, or of all."""
+        """Selection and test, each read once after a stage: of the tasks met so far and the next one; of all at the start, at
+        the end and before a stage that is scored online, whose other choice is to stay as it is."""
         k = self.past.step
-        met = len(self.scored) if k == 0 or k == len(self.stages) else k + 1
+        met = len(self.scored) if k in (0, len(self.stages)) or self.stages[k].online else k + 1
         with seeded(self.config.seed):
             row, self.raw = self._rows(met)
             for split in SCORED:
@@ -125,7 +126,7 @@ class Course:
         found, raw = self._summary(self.past.rows), dict(self.raw) if self.is_sequence else {s: self.raw[s][0] for s in SCORED}
         answers = [p["answers"] for p in self.past.stages]
         if any(answers):
-            found["test"] |= self.task.adaptation(answers)  # type: ignore[attr-defined]
+            found["test"] |= self.task.adaptation(answers, self.past.rows["test"])  # type: ignore[attr-defined]
             raw["online"] = answers
         # a rank that is cut for good on the way has no score any more
         cut = {r: self._summary(rows) for r, rows in self.past.cut.items() if len(rows["test"]) == len(self.past.rows["test"])}

@@ -124,13 +124,17 @@ class Sequence(Task):
         constant = all((m or {}).get("constant_prediction") for m in learnt)
         return {**found, "matrix": matrix, "before": untrained, "constant_prediction": constant}
 
-    def adaptation(self, answers: list[list[Any]]) -> dict[str, Any]:
-        """answers: [row, prediction] of each stage's test split while it trained, none where that had labels."""
+    def adaptation(self, answers: list[list[Any]], rows: list[list[dict[str, Any] | None]]) -> dict[str, Any]:
+        """answers: [row, prediction] of each stage's test split while it trained, none where that had labels. rows: summary's.
+        source_average: of the same stages, as the model stood before the first of them."""
         found: list[float | None] = []
         for part, told in zip(self.parts, answers, strict=True):
             references = part.references("test")
             found.append(part.metrics([p for _, p in told], [references[i] for i, _ in told])[part.primary] if told else None)
-        return {"online": found, "online_average": transfer.average([[s for s in found if s is not None]])}
+        online = [k for k, s in enumerate(found) if s is not None]
+        source = [(rows[online[0]][k] or {})[self.parts[k].primary] for k in online]
+        averages = {"online_average": transfer.average([[found[k] for k in online]]), "source_average": transfer.average([source])}
+        return {"online": found, **averages}
 
     def describe(self) -> dict[str, Any]:
         about = [p.describe() for p in self.parts]

@@ -149,6 +149,7 @@ def test_a_sequence_with_stages_without_labels(variant, tmp_path):
     found, answers = made["metrics"]["test"], record.read_predictions(path)["online"]
     assert [len(a) for a in answers] == [0, 48, 48] and sorted(i for i, _ in answers[1]) == list(range(48))
     assert found["online"][0] is None and found["online_average"] == pytest.approx(sum(found["online"][1:]) / 2)
+    assert found["source_average"] == pytest.approx(sum(found["matrix"][0][1:]) / 2)
     if variant == "vida":
         assert made["optimizer"]["method"] == {"adapted_steps": 6.0, "high_domain_steps": 6.0}
 
@@ -183,7 +184,7 @@ def test_what_does_not_move_is_scored_online_as_before_the_stage(tmp_path):
     stages = STAGES.replace('"gaussian_noise:3"', '"contrast:4"')
     options = ["variant=lora", "train.steps=4", "train.micro_batch_size=5", "train.lr=1e-12", f"task.stages=[{stages}]"]
     found = run.run(configured(*RUN, *options, f"results.folder={tmp_path}")).record["metrics"]["test"]
-    assert found["online"] == [None, *found["before"][1:]]
+    assert found["online"] == [None, *found["before"][1:]] and found["online_average"] == found["source_average"]
 
 
 def test_values_without_meaning():
