@@ -133,8 +133,8 @@ class Sequence(Task):
             found.append(part.metrics([p for _, p in told], [references[i] for i, _ in told])[part.primary] if told else None)
         online = [k for k, s in enumerate(found) if s is not None]
         source = [(rows[online[0]][k] or {})[self.parts[k].primary] for k in online]
-        averages = {"online_average": transfer.average([[found[k] for k in online]]), "source_average": transfer.average([source])}
-        return {"online": found, **averages}
+        online_average, source_average = (transfer.average([scores]) for scores in ([found[k] for k in online], source))
+        return {"online": found, "online_average": online_average, "source_average": source_average}
 
     def describe(self) -> dict[str, Any]:
         about = [p.describe() for p in self.parts]
