@@ -59,6 +59,8 @@ class Trainer:
         self.rows: Any = task.splits["train"]
         self.lengths = self.rows.lengths() if hasattr(self.rows, "lengths") else None
         self.plan = Plan(len(self.rows), config, seed)
+        if task.couples and (config.micro_batch_size or accelerator.num_processes > 1):
+            raise UserError("this loss sets the rows of a step against one another: one process, no train.micro_batch_size")
         head = {} if config.head_lr is None else {"lr_scale": config.head_lr / config.lr}
         self.checkpoints = Checkpoints(folder, adapted, accelerator)
         found = self.checkpoints.newest()

@@ -28,6 +28,7 @@ class Task:
     In order: load() the raw data, head() for the model, prepare(processor), then the rest."""
 
     kind: ClassVar[str]
+    couples: bool = False  # the loss of a row depends on the others of its step
     online: ClassVar[bool] = False  # whether training rows are answered, too, each before the first step that learns from it
     auto_model: ClassVar[str] = "AutoModelForSequenceClassification"
     auto_processor: ClassVar[str] = "AutoTokenizer"

@@ -7,6 +7,8 @@ from typing import Any, Optional
 
 import numpy as np
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UserError
@@ -33,6 +35,7 @@ class Image(Classification):
     class Config(Classification.Config):
         """image: the column of pictures. head: `linear`, drawn and trained; or, for CLIP, `zero_shot`: the features of
         every class's prompt, frozen. prompt: for zero_shot, with {} where the class name goes, `_` read as a space.
+        symmetric: for zero_shot, the loss is also that of each class's text among the pictures of a step, its pictures right.
         degraded: training pictures pass degradations in random order, the same in every epoch; scored ones never.
         corruption: of all pictures, `blur:3` or another of corruptions.KINDS, from 1 to 5; `rotate:90` turns them."""
 
@@ -40,6 +43,7 @@ class Image(Classification):
         image: str = "image"
         head: str = "linear"
         prompt: str = PROMPT
+        symmetric: Optional[bool] = None  # noqa: UP045
         degraded: Optional[bool] = None  # noqa: UP045
         corruption: str = ""
 
@@ -51,8 +55,23 @@ class Image(Classification):
                 raise UserError(f"task.prompt={self.prompt!r}: write {{}} once, where the class name goes")
             if self.head == "linear" and self.prompt != PROMPT:
                 raise UserError(f"task.prompt={self.prompt!r} has no effect on task.head=linear: leave it out")
+            if self.head == "linear" and self.symmetric:
+                raise UserError("task.symmetric=true needs texts to find pictures for: task.head=zero_shot")
             if self.corruption:
                 corruptions.parse(self.corruption)
+
+    @property
+    def couples(self) -> bool:  # type: ignore[override]
+        return bool(self.config.symmetric)
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """With `symmetric` as CoDyRA trains CLIP (arXiv 2412.01004, their code): plus the mean over classes of -sum log p(its
+        pictures | text), p over the pictures of the batch."""
+        if not self.config.symmetric:
+            return super().loss(model, batch)
+        logits, labels = self._logits(model, batch), batch["labels"]
+        right = F.one_hot(labels, logits.shape[1]).T.to(logits)
+        return F.cross_entropy(logits, labels, reduction="sum") + len(labels) * F.cross_entropy(logits.T, right)
 
     def read(self) -> dict[str, Raw]:
         c = self.config

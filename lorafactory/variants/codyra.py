@@ -20,8 +20,9 @@ class CoDyRA(Part):
 
     Theirs is alpha = rank (s = 1), Adam's second beta 0.9999, no weight decay. Their code thresholds in place, as SoRA's
     does, so what the shrinking leaves below kappa is set to 0 as well; here it is the proximal step of their objective, L +
-    kappa |w|_1. Where a stage has fewer sparse steps than n, theirs never rises; here it rises every step. Losses over a
-    growing set of classes are the task's matter."""
+    kappa |w|_1. Where a stage has fewer sparse steps than n, theirs never rises; here it rises every step. The loss is
+    the task's matter: theirs for CLIP is `task.symmetric` over a stage's own classes, but that the mean over texts counts
+    past classes, too, as zeros."""
 
     paper = "CoDyRA, arXiv 2412.01004"
     axis, needs = "budget", frozenset({"low_rank"})

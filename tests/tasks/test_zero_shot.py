@@ -71,6 +71,28 @@ def test_the_frozen_head_stays_and_the_image_side_trains(clip, source):
     assert all(torch.equal(b, before[n]) for n, b in base.model.head.named_buffers())
 
 
+def test_the_symmetric_loss_by_hand(clip, source, monkeypatch):
+    """Logits of pictures 0, 1, 2 (classes 1, 1, 0) for 3 texts; text 2 has no picture."""
+    task = loaded("image", source=source, head="zero_shot", symmetric=True)
+    plain = loaded("image", source=source, head="zero_shot")
+    logits = torch.tensor([[1.0, 2, 0], [0, 3, 1], [2, 1, 1]])
+    monkeypatch.setattr(type(task), "_logits", lambda self, model, batch: logits)
+    batch = {"labels": torch.tensor([1, 1, 0])}
+    text = torch.log_softmax(logits, 0)
+    want = -(text[2, 0] + text[0, 1] + text[1, 1]) / 3
+    got = (task.loss(None, batch) - plain.loss(None, batch)) / task.size(batch)
+    assert float(got) == pytest.approx(float(want)) and task.couples and not plain.couples
+
+
+def test_the_symmetric_loss_is_for_texts_and_whole_batches(clip, source, tmp_path):
+    from test_image import run
+
+    refused(lambda: loaded("image", source=source, symmetric=True), "task.symmetric", "zero_shot")
+    config, task = models.ModelConfig(name="clip", source=clip), {"head": "zero_shot", "symmetric": True}
+    assert run(tmp_path / "a", config, source, "lora", steps=2, task=task)["status"] == "ok"
+    refused(lambda: run(tmp_path / "b", config, source, "lora", steps=2, task=task, micro_batch_size=4), "train.micro_batch_size")
+
+
 def test_both_heads_stand_on_one_base(clip, source):
     _, linear = start(clip, source)
     task, frozen = start(clip, source, head="zero_shot")
