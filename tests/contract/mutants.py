@@ -106,7 +106,7 @@ MUTANTS = [  # file, what stands there, what stands there instead, where
     ("attach.py", "if not isinstance(variant, str) and options:", "if False:", "attach/misuse"),
     ("attach.py", "list(batches or ())[:n]", "list(batches or ())", "attach/batches"),
     ("attach.py", 'batch.get("attention_mask") if hasattr(batch, "get") else None', "None", "attach/batches"),
-    ("attach.py", "head, self._stage).optimizer", "head, None).optimizer", "@delta_lora"),
+    ("attach.py", "head, self._stage).optimizer", "head, None).optimizer", "@alora"),
     ("targets.py", 'if not inside(n.rpartition(".")[0], found)}', "}", "target/B11"),
     ("checkpoint.py", "adapted.adapter.load({**tensors, ", "adapted.adapter.load({", "lora"),
     ("checkpoint.py", 'fingerprint.of_model(model, about["heads"]) != about["base"]', "False", "merge/B06"),
