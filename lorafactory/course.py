@@ -128,9 +128,7 @@ class Course:
         if any(answers):
             found["test"] |= self.task.adaptation(answers, self.past.rows["test"])  # type: ignore[attr-defined]
             raw["online"] = answers
-        # a rank that is cut for good on the way has no score any more
-        cut = {r: self._summary(rows) for r, rows in self.past.cut.items() if len(rows["test"]) == len(self.past.rows["test"])}
-        if cut:
+        if cut := {rank: self._summary(rows) for rank, rows in self.past.cut.items()}:
             found |= {s: found[s] | aurac({int(r): m[s][self.task.primary] for r, m in cut.items()}) for s in SCORED}
             found["truncations"] = cut
         return {"metrics": found, "raw": raw}
