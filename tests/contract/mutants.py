@@ -303,7 +303,7 @@ MUTANTS = [  # file, what stands there, what stands there instead, where
     ("adapter/continual.py", "if stage.index <= int(self.stage):", "if stage.index < int(self.stage):", "@o_lora/resume"),
     ("adapter/continual.py", "                self.remember(low, memory)\n                low.fold()\n",
      "                low.fold()\n                self.remember(low, memory)\n", "@o_lora/starts"),
-    ("adapter/continual.py", "[: self.d_in - len(self.rows)]", "", "@owlora @inflora"),
+    ("adapter/continual.py", "[: self.d_in - len(self.rows)]", "", "@owlora/more"),
     ("adapter/continual.py", "if apart > 1e-3 else []", "if False else []", "@inflora/damaged"),
     ("variants/queryable_lora.py", "leader is not self and ", "", "@queryable_lora"),
     ("variants/queryable_lora.py", "if b < self.block and s.shape", "if s.shape",

@@ -114,6 +114,16 @@ def test_a_budgets_gate_is_the_weight():
     assert all(not low.gate.any() for _, low, _ in part(adapted).pairs())
 
 
+def test_a_memory_holds_no_more_directions_than_there_are():
+    """Where rounding leaves something of what it holds."""
+    adapted, _ = setting()
+    _, low, memory = adapted.adapter.parts["continual"].pairs()[0]
+    d = low.A.shape[1]
+    memory.add(0.999 * torch.eye(d)[: d - 1])
+    memory.extend(torch.randn(d, d))
+    assert len(memory.rows) == d
+
+
 def test_values_without_meaning():
     for wrong, word in (({"mode": "firm"}, "mode"), ({"weight": 0.5}, "mode=hard"), ({"mode": "soft", "weight": -1.0}, "weight")):
         with pytest.raises(UserError, match=word):
