@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn as nn
-from support_kernels import CUT, MULTIPLIED, SHAPES, STORED, near
+from support_kernels import CUT, MULTIPLIED, PLACES, SHAPES, STORED, near
 
 from lorafactory import kernels
 
@@ -229,3 +229,17 @@ def test_compiled_without_a_graph_break(where):
     assert near(made.detach(), plain.detach(), 3e-6)
     found, theirs = (torch.autograd.grad(z.square().sum(), given) for z in (made, plain))
     assert all(near(a, b, 3e-6) for a, b in zip(found, theirs, strict=True))
+
+
+@pytest.mark.parametrize("where", [p for p in PLACES if "triton" in p.id], indirect=True)
+@pytest.mark.parametrize("form", ["gain", "gain and bias", "update alone"])
+def test_the_operators_are_what_a_compiler_is_told(where, form):
+    device, _ = where
+    from lorafactory.kernels import twins
+
+    (y, h, b, gain), bias, whole = inputs((33, 50, 6), DTYPES["bf16 and float32"], device, form)
+    for keep in (False, True):
+        torch.library.opcheck(twins._forward, (y, h, b, gain, bias, whole, keep))
+    for inner in (None, y + 1):
+        for of_y in (False, True):
+            torch.library.opcheck(twins._backward, (y, gain, bias, inner, of_y))

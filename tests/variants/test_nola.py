@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from support import Blocks, Net, close, linear_sites, perturb, roberta_base
 
 from lorafactory import UserError, attach, load
+from lorafactory.variants.nola import draw
 
 SMALL = {"num_bases": 24, "alpha": 32.0}
 CHANGES = {"bases": (["shared"], {}), "save_bank": ([True], {"bases": "held"}), "bank_seed": ([1], {})}
@@ -157,3 +158,7 @@ def test_nonsense():
     adapted = attach(Net(), "nola", **HERE)
     with pytest.raises(UserError, match=r"a is \[11\], not \[10\]"):
         adapted.adapter.load(attach(Net(), "nola", **{**HERE, "num_bases": 11}).adapter.state_dict())
+
+
+def test_the_operator_is_what_a_compiler_is_told():
+    torch.library.opcheck(draw, (3, 2, 5, 7, 4))
