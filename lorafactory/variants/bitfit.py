@@ -19,6 +19,7 @@ class BitFitDelta(Delta):
 
     def __init__(self, site: Site):
         super().__init__()
+        self.linear = site.is_linear
         b = site.base.weight[:, 0] if site.base.bias is None else site.base.bias
         self.delta = nn.Parameter(torch.zeros_like(b, dtype=torch.promote_types(b.dtype, torch.float32)))
 
@@ -26,7 +27,7 @@ class BitFitDelta(Delta):
         return self.delta
 
     def forward(self, x, base):
-        if is_linear(base.module) and alike(x, self.delta) and alike(x, base.weight):
+        if self.linear and alike(x, self.delta) and alike(x, base.weight):
             return F.linear(x, base.weight, self.bias(base))
         return super().forward(x, base)
 

@@ -1,10 +1,9 @@
 from dataclasses import dataclass
 
-import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..adapter import Decomposition, Delta, Wrapper, length
+from ..adapter import Decomposition, Delta, Wrapper, alike, length
 from ..kernels import squares
 from ..registry import DecompositionConfig, register
 
@@ -45,7 +44,7 @@ class BoRADelta(Wrapper):
         return r[:, None] * self.inner.weight(base) * c
 
     def forward(self, x, base):
-        if x.dtype != self.rows.dtype or torch.is_autocast_enabled(x.device.type):
+        if not alike(x, self.rows):
             return super().forward(x, base)  # c x in a narrow dtype would lose a c near 1
         r, c = self.gains(base)
         return self.rescaled(c * x, base, r)
